@@ -1,0 +1,89 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+A vocabulary of 32,768 makes the logits of 2,048 tokens 268 MB in float32, more than everything else in the smallest
+model. Here a chunk of tokens at a time is projected, its loss and its gradients with respect to the hidden states and
+the weight are computed at once, and its logits are dropped; the backward pass only scales those gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORE_INDEX = -100  # a label that does not count, by the convention of torch and transformers
+TOKEN_CHUNK = 256  # tokens whose logits exist at one time
+
+
+class LMHead(nn.Linear):
+    """The output projection, which can also turn hidden states into their loss without returning logits.
+
+    Both happen inside this module's `forward`, so that hooks which gather a sharded weight (ZeRO-3, FSDP) fire.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., hidden_size) -> logits (..., vocab_size); given targets (...), the summed loss, a float32 scalar."""
+        if targets is None:
+            return super().forward(hidden_states)
+        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets.flatten())
+
+
+def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Each token's target: labels (batch, seq), aligned with the tokens, moved one to the left; the last has none.
+
+    Where documents are packed, the label of a document's first token must already be `IGNORE_INDEX`: the token before
+    it belongs to another document.
+    """
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = TOKEN_CHUNK
+) -> torch.Tensor:
+    """Sum over tokens of `cross_entropy(hidden_states @ weight.T, targets)`, as a float32 scalar.
+
+    Args:
+        hidden_states: (tokens, hidden_size).
+        weight: (vocab_size, hidden_size), of the same dtype.
+        targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
+        chunk: tokens whose logits (chunk, vocab_size) exist at one time.
+    """
+    return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, chunk, grad_enabled):
+        hidden_needs_grad, weight_needs_grad = (
+            grad_enabled and needed for needed in ctx.needs_input_grad[:2]
+        )
+        hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        counted = (targets != IGNORE_INDEX).nonzero().flatten()
+        for tokens in counted.split(chunk):
+            hidden, target = hidden_states[tokens], targets[tokens].unsqueeze(1)
+            logits = hidden @ weight.T
+            probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+            # log sum exp from the likeliest token: its probability is at least 1 / vocab_size, so its log is exact.
+            highest, likeliest = logits.max(dim=-1, keepdim=True)
+            normalizer = highest.float() - probabilities.gather(1, likeliest).log()
+            loss += (normalizer - logits.gather(1, target).float()).sum()
+            if not (hidden_needs_grad or weight_needs_grad):
+                continue
+            probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
+            logits_grad = probabilities.to(weight.dtype)
+            if hidden_needs_grad:
+                hidden_grad[tokens] = logits_grad @ weight
+            if weight_needs_grad:
+                weight_grad += logits_grad.T @ hidden
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grad_output.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None
