@@ -1,0 +1,1 @@
+"""Text to numbered training sequences: sources, tokenizing, packing, shards, mixture and order."""
