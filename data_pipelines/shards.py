@@ -134,9 +134,7 @@ def make_shard(
         # one row more tells whether the file goes on
         rows = read_rows(source, file, start, start + recipe.documents_per_shard + 1)
         if not rows and part == 0:
-            raise Unreadable(
-                f"{file.path} is empty: remove it, or set --data.skip_unreadable True to leave such files out."
-            )
+            raise Unreadable(f"{file.path} is empty: remove it, or set --data.skip-unreadable to leave such files out.")
     except Unreadable as error:
         if not recipe.skip_unreadable:
             raise

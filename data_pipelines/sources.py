@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -143,8 +145,8 @@ def read_rows(source: SourceRecipe, file: InputFile, start: int, stop: int) -> l
     """Rows ``[start, stop)`` of a file, fewer where it ends, with the columns of the source's format.
 
     Raises:
-        Unreadable: the file is damaged, not there or lacks a column.
-        UserError: its content changed since it was listed.
+        Unreadable: the file is damaged or not there.
+        UserError: it cannot be reached, changed since it was listed, or lacks a column of text.
     """
     if file.path.startswith(embedded.SCHEME):
         if embedded.identity(file.path) != file.identity:
@@ -164,17 +166,30 @@ def read_rows(source: SourceRecipe, file: InputFile, start: int, stop: int) -> l
                 f"{file.path} changed while it was being prepared: run the same command again to prepare it anew."
             )
         rows = list(_rows(filesystem, path, source.columns, start, stop))
-    except (OSError, EOFError, ValueError, TypeError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Unreadable(
-            f"{file.path} cannot be read ({type(error).__name__}: {reason}): repair or remove it, or set "
-            "--data.skip_unreadable True to leave such files out."
+    except UserError:
+        raise
+    except Exception as error:  # each filesystem raises its own kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        broken = (FileNotFoundError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, TypeError)
+        broken += (OSError,) if "://" not in file.path or file.path.startswith("file://") else ()
+        if isinstance(error, (*broken, pyarrow.ArrowException)):
+            raise Unreadable(
+                f"{file.path} cannot be read ({reason}): repair or remove it, or set --data.skip-unreadable to leave "
+                "such files out."
+            ) from error
+        raise UserError(
+            f"{file.path} cannot be reached ({reason}): run the same command again when it can; everything prepared "
+            "so far is kept."
         ) from error
     for row in rows:
         for column in source.columns:
             if column not in row:
-                raise Unreadable(
+                raise UserError(
                     f"{file.path} has no column {column!r}, only {', '.join(row)}: set the source's columns."
+                )
+            if not isinstance(row[column], str | None):
+                raise UserError(
+                    f"{file.path} holds {type(row[column]).__name__} in {column!r} and no text: set the columns."
                 )
     return rows
 
@@ -183,7 +198,10 @@ def documents(source: SourceRecipe, rows: list[dict[str, Any]]) -> list[str | tu
     """What the rows say: a text each, or a (prompt, text) pair for a conversation."""
     if source.format == "software-heritage":
         return fetch_blobs(source.blob_url, [row[source.blob_column] for row in rows])
-    values = [tuple(row[column] or "" for column in source.columns) for row in rows]
+    # JSON may hold half a surrogate pair, which no tokenizer takes
+    values = [
+        tuple((row[column] or "").encode("utf-8", "replace").decode() for column in source.columns) for row in rows
+    ]
     return values if source.format == "conversation" else [text for (text,) in values]
 
 
@@ -275,27 +293,33 @@ def _pin_revision(path: str) -> str:
     return f"hf://{resolved.repo_type}s/{resolved.repo_id}@{commit}/{resolved.path_in_repo}"
 
 
-_WHOLE, _BLOCK, _BLOCKS = 256 << 20, 1 << 20, 64
+_WHOLE, _BLOCK, _BLOCKS = 64 << 20, 1 << 20, 16
 
 
 def _identity(filesystem, path: str, info: dict[str, Any]) -> str:
     """What a file's content is known by, never its place or time, so that moving or touching it makes nothing anew.
 
-    A store's own content hash where it has one. Otherwise the sha256 of the content, of a local file above 256 MiB that
-    of 64 blocks of 1 MiB spread over it: with the size, that notices any edit but one that keeps the length of the
-    file and lies between the blocks.
+    A store's own content hash where it has one. Otherwise the sha256 of the content, of a file above 64 MiB that of 16
+    blocks of 1 MiB spread over it: with the size, that notices any edit but one that keeps the length of the file and
+    lies between the blocks; a parquet file's last block holds what it says of all the others.
     """
     lfs = info.get("lfs") or {}
     for value in (lfs.get("sha256"), info.get("blob_id"), info.get("ETag"), info.get("etag"), info.get("md5Hash")):
         if value:
             return str(value).strip('"')
-    digest = hashlib.sha256(str(info["size"]).encode())
+    return _content_digest(filesystem, path, info["size"], info.get("mtime"))
+
+
+@lru_cache(maxsize=1024)
+def _content_digest(filesystem, path: str, size: int, modified: float | None) -> str:
+    """Cached by the time of modification too: each part of a file asks again."""
+    digest = hashlib.sha256(str(size).encode())
     with filesystem.open(path, "rb") as stream:
-        if info["size"] <= _WHOLE:
+        if size <= _WHOLE:
             while block := stream.read(_BLOCK):
                 digest.update(block)
         else:
             for block in range(_BLOCKS):
-                stream.seek(block * (info["size"] - _BLOCK) // (_BLOCKS - 1))
+                stream.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
                 digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
