@@ -1,21 +1,22 @@
 """Dynamic Mask Attention: causal attention in which every key carries a bias, and queries keep the best-biased keys.
 
-The score of query i and key j is `q_i . k_j * scale + m_j`, with one bias `m_j` per key and key-value head, the same for
-every query; beyond `keep_window_size` W keys, query i attends only to the W largest `m_j` among `j <= i`. Since `m_j`
-does not depend on the query, two facts make this cheap, and both are exact:
+The score of query i and key j is `q_i . k_j / sqrt(head_dim) + m_j`, with one bias `m_j` per key and key-value head,
+the same for every query; beyond `keep_window_size` W keys, query i attends only to the W largest `m_j` among `j <= i`.
+Since `m_j` does not depend on the query, two facts make this cheap, and both are exact:
 
 * The bias folds into the key as a further channel, matched by a 1 in the query, so stock causal attention computes it
   in memory linear in the length, gradient included.
 * A key once pushed out of the window never returns (the window of a later query holds only larger biases), so each
   key is seen by one interval of queries, `j <= i < expiry_j`.
 
-Ties: of equal biases the later key is kept. They are common: in the first layer, equal tokens have equal biases, and a new
-model's are all 1. transformers leaves the choice to `topk`, whose order among equals is unspecified.
+Ties: of equal biases the later key is kept. They are common: in the first layer, equal tokens have equal biases, and
+a new model's are all 1. transformers leaves the choice to `topk`, whose order among equals is unspecified.
 
 Source of the method: the Doge architecture of the SmallDoge team, as in transformers' `models/doge`.
 """
 
 import heapq
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,7 @@ from doge.configuration import head_dim
 
 # Stands for minus infinity on padded keys: finite, so that no NaN arises where a padded query sees nothing else.
 PADDED_KEY_BIAS = -1e30
-QUERY_CHUNK = (
-    512  # queries masked at a time beyond the window: memory is QUERY_CHUNK x keys, not queries x keys
-)
+QUERY_CHUNK = 512  # queries masked at a time beyond the window: memory is QUERY_CHUNK x keys, not queries x keys
 
 
 def dynamic_mask_attention(
@@ -58,7 +57,7 @@ def dynamic_mask_attention(
         (batch, seq, heads, head_dim), scaled by head_dim ** -0.5, as transformers' attention functions return it.
     """
     batch, heads, seq, head_dim = query.shape
-    options = dict(head_dim=head_dim, window=window, dropout_p=dropout_p)
+    options = {"head_dim": head_dim, "window": window, "dropout_p": dropout_p}
     query, key, value = extend_query(query), fold_bias(key, bias), pad_channels(value)
     if documents is None:
         output = attend_folded(query, key, value, **options)
@@ -66,7 +65,7 @@ def dynamic_mask_attention(
         # Token-major, (1, batch * seq, heads, channels): one split and one concatenation, whose backward is as cheap.
         streams = [x.transpose(1, 2).reshape(1, batch * seq, x.shape[1], -1) for x in (query, key, value)]
         streams = [stream.transpose(1, 2).split(documents, dim=2) for stream in streams]
-        output = torch.cat([attend_folded(q, k, v, **options) for q, k, v in zip(*streams)], dim=1)
+        output = torch.cat([attend_folded(q, k, v, **options) for q, k, v in zip(*streams, strict=True)], dim=1)
     return output.reshape(batch, seq, heads, -1)[..., :head_dim]
 
 
@@ -124,7 +123,7 @@ def attend_folded(
         (batch, queries, heads, channels), of which the first head_dim channels count.
     """
     queries, keys = query.shape[2], key.shape[2]
-    options = dict(scale=head_dim**-0.5, dropout_p=dropout_p, enable_gqa=query.shape[1] != key.shape[1])
+    options = {"scale": head_dim**-0.5, "dropout_p": dropout_p, "enable_gqa": query.shape[1] != key.shape[1]}
     if keys <= window and queries in (1, keys):
         output = F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1, **options)
     elif queries == 1:
@@ -151,7 +150,7 @@ def attend_folded(
 
 
 def _attend_interval(query, key, value, expiry, first, options):
-    """Attention of queries number `first`, `first + 1`, ... to the keys with `j <= i < expiry_j` (`None`: no expiry)."""
+    """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j` (`None`: no expiry)."""
     stop = first + query.shape[2]
     i = torch.arange(first, stop, device=query.device)[:, None]
     visible = (torch.arange(stop, device=query.device) <= i)[None, None]
@@ -183,7 +182,7 @@ def key_expiry(bias: torch.Tensor, window: int) -> torch.Tensor:
     rows = bias.detach().reshape(-1, seq).tolist()
     expiry = []
     for row in rows:
-        entries = list(zip(row, range(seq)))
+        entries = [(value, j) for j, value in enumerate(row)]
         expiries = [seq] * seq
         heap = entries[:window]
         heapq.heapify(heap)
@@ -214,7 +213,7 @@ def document_lengths(position_ids: torch.Tensor, batch: int) -> list[int] | None
         return None
     starts = F.pad(restarts, (1, 0), value=True).expand(batch, -1).flatten().nonzero().flatten()
     bounds = [*starts.tolist(), batch * position_ids.shape[1]]
-    return [stop - start for start, stop in zip(bounds, bounds[1:])]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 class DogeAttention(nn.Module):
@@ -266,9 +265,7 @@ class DogeAttention(nn.Module):
             bias = bias.masked_fill(padding.unsqueeze(-1), PADDED_KEY_BIAS)
         value = value.view(heads_shape)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-        options = dict(
-            window=self.keep_window_size, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        options = {"window": self.keep_window_size, "dropout_p": self.attention_dropout if self.training else 0.0}
 
         query, key, value, bias = (states.transpose(1, 2) for states in (query, key, value, bias))
         continues = past_key_values is not None and past_key_values.get_seq_length(self.layer_idx) > 0

@@ -115,19 +115,17 @@ def preset_config(name: str) -> DogeConfig:
     size = name
     if name in _MOE_SIZES:
         size, num_experts, num_expert_heads, num_experts_per_tok = _MOE_SIZES[name]
-        moe = dict(
-            num_experts=num_experts,
-            num_expert_heads=num_expert_heads,
-            num_experts_per_tok=num_experts_per_tok,
-            expert_retrieval_size=256,
-        )
+        moe = {
+            "num_experts": num_experts,
+            "num_expert_heads": num_expert_heads,
+            "num_experts_per_tok": num_experts_per_tok,
+            "expert_retrieval_size": 256,
+        }
     elif name not in _DENSE_SIZES:
         by_folded_name = {preset.lower(): preset for preset in preset_names()}
         (nearest,) = difflib.get_close_matches(name.lower(), by_folded_name, n=1, cutoff=0.0)
         raise UserError(f"There is no preset {name!r}; did you mean {by_folded_name[nearest]!r}?")
-    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads = (
-        _DENSE_SIZES[size]
-    )
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads = _DENSE_SIZES[size]
     return (DogeMoeConfig if moe else DogeConfig)(
         vocab_size=32768,
         hidden_size=hidden_size,
@@ -161,9 +159,7 @@ def check_config(config: DogeConfig) -> None:
         raise UserError(f"sliding_window must be None, not {config.sliding_window}: use keep_window_size.")
     if not isinstance(config, DogeMoeConfig):
         if config.is_moe:
-            raise UserError(
-                "A DogeConfig with is_moe=True is transformers' MoE layout: load it with load_model."
-            )
+            raise UserError("A DogeConfig with is_moe=True is transformers' MoE layout: load it with load_model.")
         return
     if config.num_experts < 4 or expert_grid(config.num_experts)[0] == 1:
         raise UserError(
@@ -202,9 +198,7 @@ def num_parameters(config: DogeConfig, active: bool = False) -> int:
     if isinstance(config, DogeMoeConfig):
         heads, retrieval = config.num_expert_heads, config.expert_retrieval_size
         experts = heads * config.num_experts_per_tok if active else config.num_experts
-        feed_forward += (
-            hidden * heads * retrieval + heads * sum(expert_grid(config.num_experts)) * retrieval // 2
-        )
+        feed_forward += hidden * heads * retrieval + heads * sum(expert_grid(config.num_experts)) * retrieval // 2
         feed_forward += 2 * experts * hidden
     layer = attention + feed_forward + 4 * hidden  # two norms, two residual weights
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)

@@ -110,9 +110,7 @@ class DogeCDMoE(nn.Module):
 def track_expert_usage(model: nn.Module) -> None:
     """Starts counting which experts the tokens of later forwards are sent to (off by default: it costs a bincount)."""
     for layer in _expert_layers(model):
-        layer.expert_counts = torch.zeros(
-            layer.num_experts, dtype=torch.int64, device=layer.down_embed.weight.device
-        )
+        layer.expert_counts = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.down_embed.weight.device)
 
 
 def pop_expert_usage(model: nn.Module) -> list[dict[str, float]]:

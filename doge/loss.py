@@ -52,9 +52,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, chunk, grad_enabled):
-        hidden_needs_grad, weight_needs_grad = (
-            grad_enabled and needed for needed in ctx.needs_input_grad[:2]
-        )
+        hidden_needs_grad, weight_needs_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)

@@ -9,6 +9,7 @@ stays transformers' own there; open a checkpoint of either kind as ours with `do
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,22 +69,18 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         return torch.addcmul(self._dropout(transformed), self.post_attention_residual, hidden_states)
 
     def _dropout(self, states: torch.Tensor) -> torch.Tensor:
-        return (
-            F.dropout(states, p=self.hidden_dropout, training=self.training)
-            if self.hidden_dropout
-            else states
-        )
+        return F.dropout(states, p=self.hidden_dropout, training=self.training) if self.hidden_dropout else states
 
 
 class DogePreTrainedModel(PreTrainedModel):
     config: DogeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DogeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["DogeDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = False
-    _can_record_outputs = {"hidden_states": DogeDecoderLayer}
+    _can_record_outputs: ClassVar = {"hidden_states": DogeDecoderLayer}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,9 +137,9 @@ class DogeModel(DogePreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(
-                f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the causal and the "
-                "dynamic mask are computed inside, and caches of fixed size (cache_implementation='static') are not "
-                "supported."
+                f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the causal and "
+                "the dynamic mask are computed inside, and caches of fixed size (cache_implementation='static') are "
+                "not supported."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -154,9 +151,7 @@ class DogeModel(DogePreTrainedModel):
             if padded:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
             else:
-                position_ids = torch.arange(
-                    num_cached, num_cached + seq, device=inputs_embeds.device
-                ).unsqueeze(0)
+                position_ids = torch.arange(num_cached, num_cached + seq, device=inputs_embeds.device).unsqueeze(0)
         documents = None if padded or num_cached else document_lengths(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -175,9 +170,7 @@ class DogeModel(DogePreTrainedModel):
                 padding=padding,
                 past_key_values=past_key_values,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
@@ -187,7 +180,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         return_logits: whether a forward with labels also returns the logits; see `forward`.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     return_logits: bool = False
 
     def __init__(self, config: DogeConfig):

@@ -1,0 +1,129 @@
+"""How fast one training step of Doge is, against transformers' own implementation, on this machine's CPU.
+
+    python benchmarks/train_step.py --preset Doge-20M
+
+Both run forward, loss and backward in bfloat16 over one sequence packed of documents, on the same tokens. Ours
+keeps the documents apart; theirs (`attn_implementation="sdpa"`) is given no boundaries and attends across them, which
+is its faster way. The two take turns, and the medians are compared: on a shared machine trust the ratios rather than
+the speeds. Memory is measured in a fresh process each: how far the peak of the resident set rises above its size just
+before the first step. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Random tokens (1, sequence_length) in documents of about `document_length`, with labels; for ours, positions."""
+    sequence_length, document_length = args.sequence_length, args.document_length
+    generator = torch.Generator().manual_seed(0)
+    lengths = []
+    while sum(lengths) < sequence_length:
+        spread = document_length // 5
+        length = document_length + int(torch.randint(-spread, spread + 1, (), generator=generator))
+        lengths.append(min(length, sequence_length - sum(lengths)))
+    tokens = torch.randint(3, vocab_size, (1, sequence_length), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    labels = tokens.masked_fill(positions == 0, -100)
+    batch = {"input_ids": tokens, "labels": labels}
+    return batch | {"position_ids": positions} if side == "ours" else batch
+
+
+def build(side: str, preset: str) -> torch.nn.Module:
+    """The model of `side`, "ours" or "transformers", in bfloat16 and in training mode."""
+    from doge.configuration import ModelRecipe
+
+    config = ModelRecipe(preset).build()
+    torch.manual_seed(0)
+    if side == "ours":
+        from doge.modeling import build_model
+
+        model = build_model(config)
+    else:
+        from transformers import DogeForCausalLM
+
+        config._attn_implementation = "sdpa"
+        model = DogeForCausalLM(config)
+    return model.to(torch.bfloat16).train()
+
+
+def train_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of one forward, loss and backward."""
+    started = time.perf_counter()
+    model(**batch, use_cache=False).loss.backward()
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def resident_bytes() -> int:
+    """The resident set of this process now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("VmRSS is missing from /proc/self/status: memory can be measured on Linux only.")
+
+
+def measure_memory(side: str, args: argparse.Namespace) -> int:
+    """Growth of this process's peak resident set over one step, in bytes."""
+    model = build(side, args.preset)
+    batch = make_batch(side, model.config.vocab_size, args)
+    before = resident_bytes()
+    train_step(model, batch)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="Doge-20M", help="dense preset (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens (default: %(default)s)")
+    parser.add_argument("--document-length", type=int, default=500, help="tokens, about (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default: %(default)s)")
+    parser.add_argument("--memory-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(measure_memory(args.memory_of, args))
+        return
+
+    sides = ("ours", "transformers")
+    growth = {}
+    for side in sides:
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side]
+        growth[side] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+    models = {side: build(side, args.preset) for side in sides}
+    models["transformers"].load_state_dict(models["ours"].state_dict())
+    batches = {side: make_batch(side, model.config.vocab_size, args) for side, model in models.items()}
+    seconds = {side: [] for side in sides}
+    for round_number in range(-2, args.rounds):
+        for side in sides:
+            elapsed = train_step(models[side], batches[side])
+            if round_number >= 0:  # the rounds before that warm up
+                seconds[side].append(elapsed)
+
+    speed = {side: args.sequence_length / statistics.median(seconds[side]) for side in sides}
+    print(f"{args.preset}, 1 x {args.sequence_length}, bfloat16, CPU, {torch.get_num_threads()} threads")
+    print(f"{'':14}{'tokens/s':>10}{'peak growth, MB':>18}")
+    for side in sides:
+        print(f"{side:14}{speed[side]:>10.0f}{growth[side] / 1e6:>18.0f}")
+    result = {
+        "tokens_per_s_ours": round(speed["ours"], 1),
+        "tokens_per_s_transformers": round(speed["transformers"], 1),
+        "ratio": round(speed["ours"] / speed["transformers"], 3),
+        "memory_ratio": round(growth["ours"] / growth["transformers"], 3),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
