@@ -1,0 +1,99 @@
+"""Equal texts give an equal tokenizer, with fixed special ids, that AutoTokenizer opens and TRL can mask."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data_pipelines.shards import tokenize
+from doge.errors import UserError
+from doge.tokenizer import SPECIAL_TOKENS, TokenizerRecipe, fingerprint, load_tokenizer, train_tokenizer
+
+TEXTS = [f"The {word} of {number} is {number * 7}, isn't it?\n    return {word}" for number in range(200)
+         for word in ("sum", "product", "naïve value", "größe")]  # fmt: skip
+CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 600)
+
+
+def test_equal_texts_give_an_equal_tokenizer(tokenizer):
+    assert fingerprint(train_tokenizer(TEXTS, 600)) == fingerprint(tokenizer)
+    assert fingerprint(train_tokenizer(TEXTS[:-300], 600)) != fingerprint(tokenizer)
+
+
+def test_special_tokens_have_the_published_ids(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(SPECIAL_TOKENS)))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert len(tokenizer) <= 600
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_any_text_survives_the_round_trip(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not any(special in text for special in SPECIAL_TOKENS):
+        assert tokenizer.decode(ids) == text
+
+
+def test_numbers_split_into_at_most_three_digits(tokenizer):
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("isn't 1234567")
+    assert [piece for piece, _ in pieces] == ["isn", "'t", "Ġ", "123", "456", "7"]
+
+
+def test_what_is_saved_opens_with_auto_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for opened in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path), 600)):
+        assert opened(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
+        assert opened.chat_template == tokenizer.chat_template
+        assert opened.pad_token_id == 2
+        assert fingerprint(opened) == fingerprint(load_tokenizer(str(tmp_path)))
+
+
+def test_the_chat_template_marks_the_answer_with_its_end(tokenizer):
+    encoded = tokenizer.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [i for i, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "Because.<|end_of_text|>"
+    assert encoded["input_ids"].count(0) == 1
+
+
+def test_a_generation_prompt_is_a_prefix_of_the_conversation(tokenizer):
+    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    prompt = tokenizer.apply_chat_template(CONVERSATION[:1], tokenize=False, add_generation_prompt=True)
+    assert whole.startswith(prompt)
+    assert prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n")
+
+
+def test_documents_have_one_bos_and_one_eos(tokenizer):
+    text, conversation, empty = tokenize(tokenizer, ["a b", ("Why?", "Because."), ""])
+    for ids in (text, conversation):
+        assert ids[0] == 0
+        assert (ids == 0).sum() == 1
+        assert ids[-1] == 1
+    assert (text == 1).sum() == 1
+    assert (conversation == 1).sum() == 2  # both turns end
+    assert len(empty) == 0
+
+
+def test_special_tokens_in_plain_text_are_text(tokenizer):
+    (ids,) = tokenize(tokenizer, ["x<|end_of_text|>y"])
+    assert (ids == 1).sum() == 1
+    assert tokenizer.decode(ids[1:-1]) == "x<|end_of_text|>y"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="only 100"):
+        load_tokenizer(str(tmp_path), 100)
+
+
+def test_an_unreachable_tokenizer_says_how_to_point_at_a_local_one(tmp_path):
+    with pytest.raises(UserError, match=r"--tokenizer\.path"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_below_the_bytes_is_refused():
+    with pytest.raises(UserError, match="vocab_size is 200"):
+        TokenizerRecipe(vocab_size=200)
