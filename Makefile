@@ -1,0 +1,31 @@
+# The two commands of the README. Both set themselves up in .venv; a second call installs nothing.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+# Set up anew when the lock or the declared packages change.
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: pretrain test lock clean
+
+pretrain: $(INSTALLED)  ## train a small Doge on real text; ARGS="--training.max-steps 100" overrides any key
+	$(VENV)/bin/python jobs/pretrain.py --recipe tiny $(ARGS)
+
+test: $(INSTALLED)  ## lint and every test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+		|| { echo "Python 3.11 or 3.12 is needed: name one with make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:  ## pin the whole tree anew (needs uv)
+	uv pip compile --upgrade --group dev pyproject.toml --custom-compile-command "make lock" --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV)

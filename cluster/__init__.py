@@ -1,0 +1,1 @@
+"""Machines: the Ray Train worker group, who takes which share of a step, progress and recovery."""

@@ -1,0 +1,59 @@
+"""The board: an actor through which workers tell the driver what happens and learn that it is over.
+
+It lives on the driver's node and ends with the driver. What is posted before `settle` returns has been dealt with by
+the driver (logged, written), so that a checkpoint never gets ahead of its own record.
+"""
+
+import asyncio
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["membership", "step", "evaluation", "samples", "experts", "message"]
+
+
+class Post(NamedTuple):
+    kind: Kind
+    content: Any
+
+
+class Board:
+    """The actor's class; `open_board` starts one."""
+
+    def __init__(self):
+        self._posts: list[Post] = []
+        self._handled = 0
+        self._stopped: str | None = None
+        self._progress = asyncio.Condition()
+
+    async def post(self, kind: Kind, content: Any) -> None:
+        self._posts.append(Post(kind, content))
+
+    async def take(self, handled: int) -> list[Post]:
+        """The posts after the first ``handled``, which the driver has dealt with."""
+        async with self._progress:
+            for place in range(self._handled, handled):
+                self._posts[place] = None
+            self._handled = handled
+            self._progress.notify_all()
+        return self._posts[handled:]
+
+    async def settle(self) -> None:
+        """Return once the driver has dealt with all that was posted before."""
+        posted = len(self._posts)
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._handled >= posted)
+
+    async def stop(self, reason: str) -> None:
+        """End the run for good: no restart of the workers goes on. The first reason stays."""
+        self._stopped = self._stopped or reason
+
+    async def stopped(self) -> str | None:
+        return self._stopped
+
+
+def open_board():
+    """Start a board on this node; returns the actor's handle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()

@@ -1,0 +1,77 @@
+"""What a person sees of a run: one live line on a terminal, plain periodic lines in a job's log."""
+
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+
+class Console:
+    """Prints a run's progress; a terminal's last line is overwritten, a log's never.
+
+    Args:
+        max_steps: where the run ends, for the ETA.
+        logging_steps: steps between two lines where the output is no terminal.
+    """
+
+    def __init__(self, max_steps: int, logging_steps: int, output: TextIO = sys.stdout):
+        self._max_steps, self._logging_steps, self._output = max_steps, logging_steps, output
+        self._live = output.isatty()
+        self._line = ""
+        self._step_seconds: deque[float] = deque(maxlen=50)
+        self._last: tuple[int, float] | None = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, file=self._output, flush=True)
+        self._draw()
+
+    def table(self, rows: Iterable[tuple[str, str]]) -> None:
+        rows = list(rows)
+        width = max(len(label) for label, _ in rows)
+        for label, text in rows:
+            self.say(f"  {label:<{width}}  {text}")
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show the newest step: loss, rate, and time to go from the median of the last 50 steps."""
+        now, step = time.monotonic(), int(row["step"])
+        if self._last and step > self._last[0]:
+            self._step_seconds.append((now - self._last[1]) / (step - self._last[0]))
+        self._last = (step, now)
+        eta = "  -:--"
+        if self._step_seconds:
+            eta = duration(statistics.median(self._step_seconds) * (self._max_steps - step))
+        text = (
+            f"step {step:,}/{self._max_steps:,}  loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  "
+            f"learning rate {row['learning_rate']:.2e}  {eta} to go"
+        )
+        if self._live:
+            self._clear()
+            self._line = text
+            self._draw()
+        elif step % self._logging_steps == 0 or step == self._max_steps:
+            self.say(text)
+
+    def close(self) -> None:
+        """Leave the live line as it stands."""
+        if self._line:
+            print(file=self._output, flush=True)
+            self._line = ""
+
+    def _clear(self) -> None:
+        if self._line:
+            print("\r\x1b[2K", end="", file=self._output)
+
+    def _draw(self) -> None:
+        if self._line:
+            print(self._line, end="", file=self._output, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

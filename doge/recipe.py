@@ -1,0 +1,136 @@
+"""Recipes: YAML files of one tree of frozen dataclasses, any leaf of which the command line overrides.
+
+The dataclasses live beside the code that they configure; this file reads, checks, overrides and writes them.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tyro
+import yaml
+
+from doge.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_recipe(cls: type[T], path: str | Path) -> T:
+    """Read a YAML file into the dataclass tree ``cls``; keys that it leaves out keep their defaults.
+
+    A file that says ``base: other.yaml`` starts from the values of that file beside it.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named) or a type is wrong.
+    """
+    return from_dict(cls, _read_values(Path(path)), where=str(path))
+
+
+def _read_values(path: Path) -> Any:
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe file {path}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(values, dict) and "base" in values:
+        return _merged(_read_values(path.parent / values.pop("base")), values)
+    return values
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if isinstance(base, dict) and isinstance(changes, dict):
+        return base | {key: _merged(base.get(key), value) for key, value in changes.items()}
+    return changes
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -> T:
+    """Build the dataclass tree ``cls`` from nested dictionaries. Raises UserError, naming the key and its neighbours."""
+    _refuse_unknown_keys(cls, values, (), where)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+            raise cause from None
+        raise UserError(f"In {where}, {key} = {first['input']!r} will not do: {first['msg']}.") from None
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """The tree as nested dictionaries that ``from_dict`` reads back to an equal tree."""
+    return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
+
+
+def to_yaml(recipe: Any) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def flatten(recipe: Any) -> dict[str, Any]:
+    """Leaves by dotted key, such as ``{"optimizer.lr": 0.008}``; equal trees give equal dictionaries."""
+    return dict(_leaves(to_dict(recipe), ""))
+
+
+def parse(command: type[T], default: T, arguments: Sequence[str], description: str) -> T:
+    """Parse a command line over the dataclass tree ``command``, whose values start from ``default``.
+
+    Exits with status 0 after ``--help``. Raises UserError for an unknown option, naming the nearest.
+    """
+    parsed, unknown = tyro.cli(
+        command,
+        default=default,
+        args=list(arguments),
+        description=description,
+        prog=f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}",
+        return_unknown_args=True,
+    )
+    if unknown:
+        options = ["--" + key.replace("_", "-") for key in _option_names(default)]
+        typed = unknown[0].split("=")[0].replace("_", "-")
+        raise UserError(f"There is no option {unknown[0]}{_nearest(typed, options)}.")
+    return parsed
+
+
+def _option_names(default: Any) -> Iterator[str]:
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value)
+        else:
+            yield field.name.rstrip("_")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _refuse_unknown_keys(cls: Any, values: Any, path: tuple[str, ...], where: str) -> None:
+    if typing.get_origin(cls) is dict and isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_unknown_keys(typing.get_args(cls)[1], value, (*path, str(key)), where)
+    if not dataclasses.is_dataclass(cls):
+        return
+    if not isinstance(values, dict):
+        name = f"In {where}, {'.'.join(path)}" if path else where
+        raise UserError(f"{name} must hold keys and values, not {values!r}.")
+    types = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in types:
+            full = ".".join((*path, str(key)))
+            known = [".".join((*path, name)) for name in types]
+            raise UserError(f"In {where}, there is no key {full}{_nearest(full, known)}.")
+        _refuse_unknown_keys(types[key], value, (*path, key), where)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; the nearest is {matches[0]}" if matches else ""

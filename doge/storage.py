@@ -1,0 +1,173 @@
+"""Everything durable goes through one root: a directory or any URI that fsspec opens.
+
+A local root is served in place. A remote one is read through a local cache, so that shards can be memory-mapped, and
+written by uploading a finished local file. Either way a file appears whole or not at all.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+
+from doge.errors import UserError
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Storage:
+    """Files below one root, named by relative POSIX paths.
+
+    Args:
+        root: a local path (``~`` is expanded) or a URI such as ``s3://bucket/prefix``.
+        cache: local directory for copies of remote files; a directory under the system's temporary one by default.
+    """
+
+    def __init__(self, root: str, cache: str | None = None):
+        if "://" not in root:
+            root = os.path.abspath(os.path.expanduser(root))
+        self.root = root.rstrip("/")
+        self._filesystem, self._base = fsspec.core.url_to_fs(self.root)
+        protocols = self._filesystem.protocol
+        self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+        self._cache = cache or os.path.join(tempfile.gettempdir(), "doge-cache")
+
+    def __truediv__(self, prefix: str) -> "Storage":
+        return Storage(f"{self.root}/{prefix}", self._cache)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def path(self, name: str) -> str:
+        """The full path or URI of ``name``."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return self._filesystem.exists(f"{self._base}/{name}")
+
+    def size(self, name: str) -> int:
+        """Bytes of ``name``; raises FileNotFoundError."""
+        return self._filesystem.info(f"{self._base}/{name}")["size"]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Sorted names of the files and directories directly under ``prefix`` (nothing if it does not exist)."""
+        try:
+            found = self._filesystem.ls(f"{self._base}/{prefix}".rstrip("/"), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found) if name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole of ``name``, never from the cache; raises FileNotFoundError."""
+        with self._filesystem.open(f"{self._base}/{name}", "rb") as file:
+            return file.read()
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write ``name`` whole or not at all. Raises UserError on a full disk."""
+        self.write(name, lambda path: Path(path).write_bytes(content))
+
+    def write(self, name: str, fill: Callable[[str], object]) -> None:
+        """Let ``fill(local_path)`` make a file or a directory, then let it appear as ``name`` at once.
+
+        The commit is one rename on a local root, and an upload on a remote one; a remote directory is complete only
+        once a file that its reader checks last (a manifest) is there. Raises UserError on a full disk.
+        """
+        target = f"{self._base}/{name}"
+        if self.is_local:
+            parent = os.path.dirname(target)
+            temporary = os.path.join(parent, f".{os.path.basename(target)}.{uuid.uuid4().hex}.partial")
+        else:
+            parent = self._cache
+            temporary = os.path.join(parent, f"{uuid.uuid4().hex}.partial")
+        try:
+            os.makedirs(parent, exist_ok=True)
+            fill(temporary)
+            if self.is_local:
+                _flush(temporary)
+                if os.path.isdir(target):
+                    shutil.rmtree(target)
+                os.replace(temporary, target)
+                _flush_directory(parent)
+            else:
+                self._filesystem.put(temporary, target, recursive=os.path.isdir(temporary))
+        except OSError as error:
+            if error.errno in _FULL_DISK:
+                raise UserError(
+                    f"The disk that holds {self.root} is full: free some space and run the same command again; "
+                    "everything committed so far is kept."
+                ) from error
+            raise
+        finally:
+            _remove(temporary)
+
+    def local(self, name: str) -> str:
+        """A local path with the content of ``name``, fetched into the cache once if the root is remote.
+
+        Only for files that never change under their name. Raises FileNotFoundError.
+        """
+        if self.is_local:
+            path = f"{self._base}/{name}"
+            if not os.path.exists(path):
+                raise FileNotFoundError(path)
+            return path
+        key = hashlib.sha256(self.path(name).encode()).hexdigest()[:32]
+        path = os.path.join(self._cache, key)
+        if not os.path.exists(path):
+            os.makedirs(self._cache, exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex}.partial"
+            try:
+                self._filesystem.get(f"{self._base}/{name}", temporary)
+                os.replace(temporary, path)
+            finally:
+                _remove(temporary)
+        return path
+
+    def forget(self, name: str) -> None:
+        """Drop the cached copy of a remote file, so that the next ``local`` fetches it again."""
+        if not self.is_local:
+            _remove(os.path.join(self._cache, hashlib.sha256(self.path(name).encode()).hexdigest()[:32]))
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a directory; nothing happens if it is not there."""
+        self.forget(name)
+        try:
+            self._filesystem.rm(f"{self._base}/{name}", recursive=True)
+        except FileNotFoundError:
+            pass
+
+
+def sha256(path: str) -> str:
+    """Hex digest of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: str) -> None:
+    """Force a file, or every file below a directory, to the disk before the rename makes it visible."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for file in files or [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.exists(path):
+        os.remove(path)

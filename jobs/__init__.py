@@ -1,0 +1,1 @@
+"""One file a command; `jobs/recipes` holds what they run."""

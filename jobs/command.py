@@ -1,0 +1,74 @@
+"""What the commands share: finding a recipe by name, the command line over it, and errors as one sentence."""
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from cluster.recipe import Recipe
+from doge.errors import UserError
+from doge.recipe import parse, read_recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Options that every command has.
+
+    Args:
+        recipe: name of a recipe in jobs/recipes, or path of a YAML file.
+        dry_run: print the plan and start nothing.
+        settings: any key of the recipe.
+    """
+
+    settings: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: str = "tiny"
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+T = TypeVar("T", bound=Command)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe. Raises UserError naming the nearest."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise UserError(f"There is no recipe {name}; the nearest is {nearest}, and there are {', '.join(names)}.")
+    return RECIPES / f"{name}.yaml"
+
+
+def main(command: type[T], run: Callable[[T], None], description: str | None) -> None:
+    """Parse the command line, run, and end the process: 0 done, 1 a sentence on standard error, 130 interrupted."""
+    arguments = sys.argv[1:]
+    try:
+        default = command(settings=read_recipe(Recipe, find_recipe(_recipe_name(arguments))))
+        run(parse(command, default, arguments, description or ""))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on where this one stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _recipe_name(arguments: list[str]) -> str:
+    """The recipe whose values are the defaults of all other options."""
+    for at, argument in enumerate(arguments):
+        if argument == "--recipe" and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if argument.startswith("--recipe="):
+            return argument.removeprefix("--recipe=")
+    return Command.recipe

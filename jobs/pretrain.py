@@ -1,0 +1,43 @@
+"""Pretrain a Doge model.
+
+    python jobs/pretrain.py --recipe tiny
+    python jobs/pretrain.py --recipe Doge-20M --storage /data/doge --data.sources.python-edu.weight 0.1
+    python jobs/pretrain.py --recipe Doge-20M --name longer --from ~/doge/runs/Doge-20M/checkpoints/step-00007000 \\
+        --training.max-steps 16000
+    ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny
+
+An interrupted run goes on by the same command. Every key of the recipe is an option.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from cluster.console import Console
+from cluster.pretraining import pretrain
+from jobs.command import Command, main
+
+
+@dataclass(frozen=True)
+class Pretrain(Command):
+    """Options of `pretrain.py`.
+
+    Args:
+        from_: directory of a checkpoint to begin a new run with: to leave the stable phase earlier or later, or to go
+            on with other data.
+    """
+
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+
+
+def run(command: Pretrain) -> None:
+    if command.dry_run:
+        command.settings.check()
+        Console(1, 1).table(command.settings.plan())
+    else:
+        pretrain(command.settings, start_from=command.from_)
+
+
+if __name__ == "__main__":
+    main(Pretrain, run, __doc__)
