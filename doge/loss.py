@@ -36,7 +36,7 @@ def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = TOKEN_CHUNK
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
     """Sum over tokens of `cross_entropy(hidden_states @ weight.T, targets)`, as a float32 scalar.
 
@@ -44,9 +44,9 @@ def linear_cross_entropy(
         hidden_states: (tokens, hidden_size).
         weight: (vocab_size, hidden_size), of the same dtype.
         targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
-        chunk: tokens whose logits (chunk, vocab_size) exist at one time.
+        chunk: tokens whose logits (chunk, vocab_size) exist at one time; by default TOKEN_CHUNK.
     """
-    return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk or TOKEN_CHUNK, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

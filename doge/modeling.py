@@ -239,6 +239,8 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         loss = logits = num_loss_tokens = None
         targets = next_token_targets(labels) if shift_labels is None and labels is not None else shift_labels
         if targets is not None:
+            if reduction not in ("mean", "sum"):
+                raise UserError(f"reduction must be 'mean' or 'sum', not {reduction!r}.")
             num_loss_tokens = (targets != IGNORE_INDEX).sum()
             loss = self.lm_head(hidden_states, targets)
             if num_items_in_batch is not None:

@@ -1,0 +1,123 @@
+"""Dynamic mask attention equals its definition, forward and backward, in memory linear in the length."""
+
+import math
+
+import pytest
+import torch
+from allocations import Allocations
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import logits_of, tiny_model, tokens
+
+import doge.attention
+from doge.attention import document_lengths, dynamic_mask_attention, kept_keys, key_expiry
+
+
+def defined_attention(query, key, value, bias, window):
+    """The definition, row by row: (batch, seq, heads, head_dim), in the inputs' dtype."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    bias = bias.repeat_interleave(groups, dim=1)
+    rows = []
+    for i in range(query.shape[2]):
+        scores = torch.einsum("bhd,bhkd->bhk", query[:, :, i], key[:, :, : i + 1]) / math.sqrt(query.shape[-1])
+        scores = scores + bias[:, :, : i + 1]
+        kept = bias[:, :, : i + 1].topk(min(window, i + 1)).indices
+        hidden = torch.ones_like(scores, dtype=torch.bool).scatter(-1, kept, False)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        rows.append(torch.einsum("bhk,bhkd->bhd", weights, value[:, :, : i + 1]))
+    return torch.stack(rows, dim=1)
+
+
+def random_inputs(seq, dtype=torch.float32, head_dim=16, batch=2, heads=4, kv_heads=2):
+    generator = torch.Generator().manual_seed(seq)
+    shapes = [(batch, n, seq, head_dim) for n in (heads, kv_heads, kv_heads)] + [(batch, kv_heads, seq)]
+    states = [torch.randn(shape, generator=generator) for shape in shapes]
+    states[3] = states[3].exp()
+    return [x.to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(states)]
+
+
+@pytest.mark.parametrize("head_dim", [6, 16, 20])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [64, 7])
+def test_output_and_gradients_equal_the_definition(monkeypatch, window, kv_heads, head_dim):
+    monkeypatch.setattr(doge.attention, "QUERY_CHUNK", 13)
+    inputs = random_inputs(33, head_dim=head_dim, kv_heads=kv_heads)
+    weights = torch.randn(2, 33, 4, head_dim, generator=torch.Generator().manual_seed(9))
+    results = []
+    for output in (dynamic_mask_attention(*inputs, window=window), defined_attention(*inputs, window=window)):
+        results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
+    for ours, defined, name in zip(*results, ("output", "query", "key", "value", "bias"), strict=True):
+        torch.testing.assert_close(ours, defined, atol=5e-5, rtol=1e-4, msg=name)
+    assert results[0][4].abs().max() > 1e-3  # the bias has a gradient to compare
+
+
+def test_bfloat16_keeps_the_bias_to_sixteen_bits():
+    """Biases near 100 that differ by less than a bfloat16 step: rounding them once would move weights by 30 %."""
+    inputs = random_inputs(40, torch.bfloat16)
+    bias = 100 + torch.rand(inputs[3].shape, generator=torch.Generator().manual_seed(5))
+    output = dynamic_mask_attention(*inputs[:3], bias, window=64)
+    defined = defined_attention(*(x.float() for x in inputs[:3]), bias, window=64)
+    assert (output.float() - defined).abs().mean() < 0.004
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 45))
+def test_each_key_lives_exactly_while_it_is_among_the_largest(bias, window):
+    """Against brute force, with many ties: of equal biases the later key is kept."""
+    expiry = key_expiry(torch.tensor(bias, dtype=torch.float32), window).tolist()
+    for i in range(len(bias)):
+        best = sorted(range(i + 1), key=lambda j: (bias[j], j))[-window:]
+        assert [j for j in range(i + 1) if i < expiry[j]] == sorted(best)
+        newest = kept_keys(torch.tensor(bias[: i + 1], dtype=torch.float32), window)
+        assert newest.nonzero().flatten().tolist() == sorted(best)
+
+
+def test_expiry_keeps_rows_and_heads_apart():
+    bias = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
+    expiry = key_expiry(bias, 5)
+    for row in range(3):
+        for head in range(2):
+            assert torch.equal(expiry[row, head], key_expiry(bias[row, head], 5))
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_below_the_window_no_tensor_has_the_length_twice(moe):
+    seq = 101  # no other size of the model
+    model = tiny_model(moe).train()
+    input_ids = tokens(2, seq)
+    with Allocations() as allocations:
+        model(input_ids, labels=input_ids).loss.backward()
+    assert any(seq in shape for shape, _ in allocations.results)
+    assert not [shape for shape, _ in allocations.results if shape.count(seq) > 1]
+
+
+def test_the_watch_would_see_a_square_mask():
+    seq = 101
+    with Allocations() as allocations:
+        logits_of(tiny_model(window=16), tokens(1, seq))
+    assert [shape for shape, _ in allocations.results if shape.count(seq) > 1]
+
+
+def test_beyond_the_window_masks_are_a_chunk_of_queries_tall(monkeypatch):
+    monkeypatch.setattr(doge.attention, "QUERY_CHUNK", 10)
+    seq = 101
+    model = tiny_model(window=16).train()
+    input_ids = tokens(1, seq)
+    with Allocations() as allocations:
+        model(input_ids, labels=input_ids).loss.backward()
+    assert not [shape for shape, _ in allocations.results if shape.count(seq) > 1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"),
+    [
+        ([[0, 1, 2, 3]], None),
+        ([[5, 6, 7, 8]], None),
+        ([[0, 1, 0, 1]], [2, 2, 2, 2]),
+        ([[0, 1, 2, 3], [0, 1, 2, 0]], [4, 3, 1]),
+        ([[2, 3, 0, 0], [0, 1, 2, 3]], [2, 1, 1, 4]),
+    ],
+)
+def test_a_document_starts_where_positions_do_not_go_on(positions, lengths):
+    assert document_lengths(torch.tensor(positions), batch=2) == lengths

@@ -1,0 +1,136 @@
+"""The chunked loss is the cross-entropy, to the last gradient, without the logits ever being whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from allocations import Allocations
+from tiny_models import VOCAB_SIZE, tiny_model, tokens
+
+from doge.loss import IGNORE_INDEX, LMHead, linear_cross_entropy
+
+
+def random_case(dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(50, 16, generator=generator) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(30, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, 30, (50,), generator=generator)
+    targets[::7] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["ordinary", "far beyond the range of exp"])
+def test_loss_and_gradients_equal_cross_entropy(chunk, scale):
+    hidden, weight, targets = random_case(scale=scale)
+    results = []
+    for loss in (
+        linear_cross_entropy(hidden, weight, targets, chunk),
+        F.cross_entropy(hidden @ weight.T, targets, reduction="sum"),
+    ):
+        results.append((loss, *torch.autograd.grad(loss * 0.3, (hidden, weight))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_bfloat16_differs_by_rounding_only():
+    hidden, weight, targets = random_case(torch.bfloat16)
+    ours = linear_cross_entropy(hidden, weight, targets, 8)
+    theirs = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
+    ):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_without_gradients_none_are_computed():
+    hidden, weight, targets = random_case()
+    expected = linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), Allocations() as allocations:
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets), expected.detach())
+    assert (tuple(weight.shape), torch.float32) not in allocations.results
+
+
+def test_a_frozen_weight_or_input_gets_no_gradient():
+    hidden, weight, targets = random_case()
+    linear_cross_entropy(hidden.detach(), weight, targets).backward()
+    assert hidden.grad is None
+    assert weight.grad is not None
+    weight.grad = None
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_no_counted_token_is_zero_loss_and_zero_gradient():
+    model = tiny_model().train()
+    input_ids = tokens(1, 20)
+    output = model(input_ids, labels=torch.full_like(input_ids, -100))
+    output.loss.backward()
+    assert output.loss == 0
+    assert output.num_loss_tokens == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_the_model_gives_sum_mean_and_share_of_a_batch():
+    model = tiny_model()
+    input_ids = tokens(2, 30)
+    labels = input_ids.masked_fill(torch.arange(30) < 10, -100)
+    logits = model(input_ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    total = model(input_ids, labels=labels, reduction="sum")
+    assert total.num_loss_tokens == 40
+    assert total.logits is None
+    torch.testing.assert_close(total.loss, expected)
+    torch.testing.assert_close(model(input_ids, labels=labels).loss, expected / 40)
+    for num_items in (64, torch.tensor(64)):
+        torch.testing.assert_close(model(input_ids, labels=labels, num_items_in_batch=num_items).loss, expected / 64)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(input_ids, shift_labels=shifted).loss, expected / 40)
+
+
+def test_logits_come_with_the_loss_on_request():
+    model = tiny_model()
+    input_ids = tokens(1, 20)
+    logits = model(input_ids).logits
+    assert torch.equal(model(input_ids, labels=input_ids, return_logits=True).logits, logits)
+    model.return_logits = True
+    assert torch.equal(model(input_ids, labels=input_ids).logits, logits)
+    assert model(input_ids, labels=input_ids, return_logits=False).logits is None
+
+
+def test_an_unknown_reduction_is_refused():
+    from doge.errors import UserError
+
+    input_ids = tokens(1, 20)
+    with pytest.raises(UserError, match="average"):
+        tiny_model()(input_ids, labels=input_ids, reduction="average")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_never_holds_the_logits_of_the_batch(monkeypatch, dtype):
+    import doge.loss
+
+    monkeypatch.setattr(doge.loss, "TOKEN_CHUNK", 16)
+    model = tiny_model(dtype=dtype).train()
+    input_ids = tokens(4, 50)
+    with Allocations() as allocations:
+        model(input_ids, labels=input_ids).loss.backward()
+    rows = [shape[0] for shape, _ in allocations.results if len(shape) == 2 and shape[1] == VOCAB_SIZE]
+    assert max(rows) == 64 or max(rows) == 16  # hidden_size x vocab_size, a transposed weight, is no logits
+    with Allocations() as allocations:
+        model(input_ids, labels=input_ids, return_logits=True)
+    assert ((4, 50, VOCAB_SIZE), dtype) in allocations.results  # the watch would have seen them
+
+
+def test_loss_and_logits_come_from_the_module_that_owns_the_weight():
+    """Hooks that gather a sharded weight fire on that module's forward."""
+    model = tiny_model()
+    calls = []
+    assert isinstance(model.lm_head, LMHead)
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+    input_ids = tokens(1, 20)
+    model(input_ids, labels=input_ids)
+    assert calls == [1]
