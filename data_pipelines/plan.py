@@ -61,6 +61,7 @@ class Plan:
         """Hex sha256 of everything that the samples of a step depend on: equal fingerprints, equal order."""
         recipe = self.recipe
         parts = [self.units, self.keys, recipe.seed, recipe.held_out_sequences, recipe.files_per_stripe]
+        parts.append(recipe.skip_unreadable)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def order(self, catalog: "Catalog") -> Order:
@@ -100,12 +101,9 @@ def make_plan(
         UserError: a source or the tokenizer cannot be reached.
     """
     mixture_units({name: source.weight for name, source in recipe.sources.items()})  # weights are wrong before I/O is
-    listed = {}
-    for name in sorted(recipe.sources):
-        files = list_files(name, recipe.sources[name])
-        listed[name] = [files[at] for at in file_order(len(files), recipe.seed, name)]
-    directory, digest = _store_tokenizer(recipe, tokenizer, listed, storage, report)
-    plan = Plan(recipe, directory, digest, listed)
+    files = {name: list_files(name, recipe.sources[name]) for name in sorted(recipe.sources)}
+    directory, digest = _store_tokenizer(recipe, tokenizer, files, storage, report)
+    plan = Plan(recipe, directory, digest, {name: _in_order(name, files[name], recipe.seed) for name in files})
     content = json.dumps(recipes.to_dict(plan)).encode()
     storage.write_bytes(f"plans/{plan.fingerprint}.json", content)
     return plan
@@ -120,6 +118,10 @@ def load_plan(storage: Storage, fingerprint: str) -> Plan:
             f"{storage.root} holds no data plan {fingerprint}: was it prepared under another root?"
         ) from None
     return recipes.from_dict(Plan, json.loads(content))
+
+
+def _in_order(source: str, files: list[InputFile], seed: int) -> list[InputFile]:
+    return [files[at] for at in file_order(len(files), seed, source)]
 
 
 class Catalog:
@@ -183,7 +185,7 @@ def _store_tokenizer(
 ) -> tuple[str, str]:
     """Directory and fingerprint of the tokenizer in the storage, put there if it was not."""
     if wanted.path is None:
-        # No weights: another mixture of the same sources keeps the tokenizer, and so every shard.
+        # No weights and no seed: another mixture of the same sources keeps the tokenizer, and so every shard.
         inputs = [
             [
                 (name, recipe.sources[name].columns, [file.identity for file in listed])
@@ -225,11 +227,11 @@ def _open_stored_tokenizer(storage: Storage, name: str) -> "PreTrainedTokenizerF
 
 
 def _training_texts(recipe: DataRecipe, wanted: TokenizerRecipe, files: dict[str, list[InputFile]]) -> Iterator[str]:
-    """The first documents of every source, equal bytes of each."""
+    """The first documents of every source, equal bytes of each, in an order of the files that no seed changes."""
     at_a_time = 1000
     for name, listed in files.items():
         source, left = recipe.sources[name], wanted.training_bytes // len(files)
-        for file in listed:
+        for file in _in_order(name, listed, seed=0):
             start, rows = 0, None
             while left > 0 and (rows is None or len(rows) == at_a_time):
                 rows = read_rows(source, file, start, start + at_a_time)

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil, inf
+from typing import Any
 
 from data_pipelines.order import NotReady, Order, SourceOrder
-from data_pipelines.plan import Catalog, Plan, load_plan
+from data_pipelines.plan import Catalog, Plan
 from doge.errors import UserError
 from doge.storage import Storage
 
@@ -182,17 +183,17 @@ class _Preparation:
         import ray
         from ray.data import DataContext, TaskPoolStrategy
 
-        recipe, storage, fingerprint = self.plan.recipe, self.storage, self.plan.fingerprint
+        plan, storage = self.plan, self.storage
 
         def make(item: dict) -> dict:
-            return _make_shard(storage, fingerprint, **item)
+            return _make_shard(storage, plan, **item)
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         items = [{"source": source, "file": file, "part": part} for source, file, part in addresses]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            make, num_cpus=recipe.num_cpus_per_task, compute=TaskPoolStrategy(size=tasks)
+            make, num_cpus=plan.recipe.num_cpus_per_task, compute=TaskPoolStrategy(size=min(tasks, len(items)))
         )
         return iter(dataset.iter_rows())
 
@@ -238,28 +239,22 @@ def _cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _make_shard(storage: Storage, fingerprint: str, source: str, file: int, part: int) -> dict:
+_tokenizers: dict[tuple[str, str], Any] = {}  # opened once a process
+
+
+def _make_shard(storage: Storage, plan: Plan, source: str, file: int, part: int) -> dict:
     """The body of a task. A UserError is returned, since Ray would wrap it in its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work
     address = {"source": source, "file": file, "part": part}
     empty = {"made": False, "error": "", "rows": 0, "tokens": 0, "documents": 0, "skipped": ""}
     try:
-        plan, tokenizer = _opened(storage.root, fingerprint, storage)
-        record = plan.make_shard(storage, source, file, part, tokenizer)
+        name = (storage.root, plan.tokenizer)
+        if name not in _tokenizers:
+            _tokenizers[name] = plan.open_tokenizer(storage)
+        record = plan.make_shard(storage, source, file, part, _tokenizers[name])
     except UserError as error:
         return {**address, **empty, "error": str(error)}
     if record is None:
         return {**address, **empty}
     made = {key: value for key, value in asdict(record).items() if key in empty and key != "skipped"}
     return {**address, **empty, **made, "made": True, "skipped": record.skipped or ""}
-
-
-_cache: dict[tuple[str, str], tuple] = {}
-
-
-def _opened(root: str, fingerprint: str, storage: Storage) -> tuple:
-    """Plan and tokenizer, opened once a process."""
-    if (root, fingerprint) not in _cache:
-        plan = load_plan(storage, fingerprint)
-        _cache[root, fingerprint] = plan, plan.open_tokenizer(storage)
-    return _cache[root, fingerprint]
