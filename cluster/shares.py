@@ -1,5 +1,6 @@
 """Who takes which sequences of a step: pure arithmetic, no Ray and no torch."""
 
+from itertools import pairwise
 from math import ceil
 
 
@@ -35,4 +36,4 @@ def equal_number(shares: list[range], micro_batch_size: int) -> int:
 def _cut(whole: range, parts: int) -> list[range]:
     size, larger = divmod(len(whole), parts) if parts else (0, 0)
     starts = [part * size + min(part, larger) for part in range(parts + 1)]
-    return [whole[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+    return [whole[start:stop] for start, stop in pairwise(starts)]

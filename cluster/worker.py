@@ -50,7 +50,7 @@ class Position:
 
 
 def train(config: WorkerConfig) -> None:
-    """The loop of one worker; Ray Train calls it in every process of the group, anew after every change of the group."""
+    """The loop of one worker; Ray Train calls it in every process, anew after every change of the group."""
     if ray.get(config.board.stopped.remote()):
         return
     try:
@@ -188,8 +188,13 @@ class Worker:
         }
 
     def _tell_membership(self) -> None:
-        content = {"rank": self.rank, "world_size": self.world_size, "step": self.engine.step_count,
-                   "device": device_name(self.device), "precision": str(self.engine.dtype).removeprefix("torch.")}  # fmt: skip
+        content = {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "step": self.engine.step_count,
+            "device": device_name(self.device),
+            "precision": str(self.engine.dtype).removeprefix("torch."),
+        }
         self.board.post.remote("membership", content)
 
     def _tell_step(self, result, factor: float, seconds: float, waited: float) -> None:

@@ -50,7 +50,7 @@ def _merged(base: Any, changes: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -> T:
-    """Build the dataclass tree ``cls`` from nested dictionaries. Raises UserError, naming the key and its neighbours."""
+    """Build the dataclass tree ``cls`` from nested dictionaries. Raises UserError, naming the key."""
     _refuse_unknown_keys(cls, values, (), where)
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)

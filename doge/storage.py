@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -135,10 +136,8 @@ class Storage:
     def delete(self, name: str) -> None:
         """Remove a file or a directory; nothing happens if it is not there."""
         self.forget(name)
-        try:
+        with suppress(FileNotFoundError):
             self._filesystem.rm(f"{self._base}/{name}", recursive=True)
-        except FileNotFoundError:
-            pass
 
 
 def sha256(path: str) -> str:

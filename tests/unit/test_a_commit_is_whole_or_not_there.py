@@ -1,0 +1,128 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.engine import MOMENTS, TrainState, check_fits
+from doge.errors import UserError
+from doge.storage import Storage
+
+
+def state(step: int) -> TrainState:
+    weights = {"weight": torch.full((3, 2), float(step))}
+    return TrainState(step, weights, {moment: {"weight": torch.rand(3, 2)} for moment in MOMENTS})
+
+
+@pytest.fixture(params=["directory", "memory"])
+def storage(request, tmp_path):
+    if request.param == "directory":
+        return Storage(str(tmp_path / "root"))
+    return Storage(f"memory://{tmp_path.name}", cache=str(tmp_path / "cache"))
+
+
+def test_files_are_written_listed_read_and_deleted(storage):
+    assert storage.names("a") == []
+    storage.write_bytes("a/b.txt", b"one")
+    storage.write_bytes("a/b.txt", b"two")
+    (storage / "a").write_bytes("c.txt", b"three")
+    assert storage.names("a") == ["b.txt", "c.txt"]
+    assert storage.read_bytes("a/b.txt") == b"two"
+    assert Path(storage.local("a/c.txt")).read_bytes() == b"three"
+    assert storage.size("a/c.txt") == 5
+    storage.delete("a/c.txt")
+    storage.delete("a/c.txt")
+    assert not storage.exists("a/c.txt")
+    with pytest.raises(FileNotFoundError):
+        storage.local("a/c.txt")
+
+
+def test_a_writer_that_fails_leaves_nothing_and_keeps_what_was_there(storage):
+    storage.write_bytes("a/file", b"before")
+
+    def fail(path):
+        Path(path).write_bytes(b"half of it")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        storage.write("a/file", fail)
+    assert storage.read_bytes("a/file") == b"before"
+    assert storage.names("a") == ["file"]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(storage):
+    storage.write_bytes("a/file", b"before")
+
+    def fill(path):
+        Path(path).write_bytes(b"some")
+        with open("/dev/full", "wb", buffering=0) as disk:  # the kernel's own full disk
+            disk.write(b"more")
+
+    with pytest.raises(UserError, match="is full: free some space") as caught:
+        storage.write("a/file", fill)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert storage.read_bytes("a/file") == b"before"
+    assert storage.names("a") == ["file"]
+
+
+def test_the_newest_checkpoints_are_kept_and_read_back_exactly(storage):
+    checkpoints = Checkpoints(storage / "checkpoints", keep=2)
+    assert checkpoints.latest() is None
+    states = [state(step) for step in (10, 20, 30)]
+    for each in states:
+        checkpoints.save(each, {"next_sequence": each.step * 8})
+    checkpoints.wait()
+    assert checkpoints.steps() == [20, 30]
+    found, memory = checkpoints.latest()
+    assert (found.step, memory) == (30, {"next_sequence": 240})
+    assert torch.equal(found.parameters["weight"], states[2].parameters["weight"])
+    for moment in MOMENTS:
+        assert torch.equal(found.moments[moment]["weight"], states[2].moments[moment]["weight"])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
+    checkpoints = Checkpoints(Storage(str(tmp_path)), keep=2)
+    for step in (10, 20):
+        checkpoints.save(state(step), {})
+    checkpoints.wait()
+    newest = tmp_path / "step-00000020"
+    if damage == "truncate":
+        os.truncate(newest / "exp_avg.safetensors", 100)
+    elif damage == "remove":
+        (newest / "parameters.safetensors").unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    assert checkpoints.latest()[0].step == 10
+    with pytest.raises(CorruptCheckpoint, match="step-00000020 is incomplete or damaged"):
+        load_checkpoint(Storage(str(newest)))
+
+
+def test_the_record_is_settled_before_the_checkpoint_appears(tmp_path):
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    seen = []
+    checkpoints.save(state(1), {}, before_commit=lambda: seen.append(checkpoints.steps()))
+    checkpoints.wait()
+    assert seen == [[]]
+    assert checkpoints.steps() == [1]
+
+
+def test_an_error_of_the_writer_reaches_the_training(tmp_path):
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.save(state(1), {}, before_commit=fail)
+    with pytest.raises(UserError, match="is full"):
+        checkpoints.save(state(2), {})
+    assert checkpoints.latest() is None
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    with pytest.raises(UserError, match="of another model: weight is 3×2 there and 2×2 in the recipe"):
+        check_fits(state(1), torch.nn.Linear(2, 2, bias=False))
+    with pytest.raises(UserError, match="bias is missing there and 3 in the recipe"):
+        check_fits(state(1), torch.nn.Linear(2, 3))

@@ -1,0 +1,123 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.recipe import Recipe, check_same_run
+from doge.errors import UserError
+from doge.recipe import flatten, from_dict, read_recipe, to_dict
+from jobs.command import RECIPES, find_recipe
+
+ROOT = Path(__file__).parents[2]
+
+PUBLISHED = {
+    "Doge-20M": (8_000, 256, 8e-3),
+    "Doge-60M": (16_000, 512, 6e-3),
+    "Doge-160M": (24_000, 768, 4e-3),
+    "Doge-320M": (32_000, 1_024, 2e-3),
+}
+MOE = {"Doge-MoE-20M": "Doge-20M", "Doge-MoE-80M": "Doge-60M", "Doge-MoE-220M": "Doge-160M", "Doge-MoE-500M": "Doge-320M"}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *MOE])
+def test_the_model_recipes_hold_the_published_hyperparameters(name):
+    recipe = read_recipe(Recipe, find_recipe(name))
+    recipe.check()
+    steps, batch, lr = PUBLISHED[MOE.get(name, name)]
+    assert (recipe.training.max_steps, recipe.training.global_batch_size, recipe.optimizer.lr) == (steps, batch, lr)
+    assert (recipe.lr_scheduler.warmup_steps, recipe.lr_scheduler.decay_steps) == (steps // 10, steps // 10)
+    assert recipe.name == recipe.model.preset == name
+    assert recipe.data.sequence_length == 2048
+    assert recipe.data.held_out_sequences == 1000
+    weights = {source: round(values.weight, 3) for source, values in recipe.data.sources.items()}
+    assert weights == {"fineweb-edu-dedup": 0.7, "cosmopedia-v2": 0.2, "python-edu": 0.05, "finemath-4plus": 0.05}
+
+
+def test_every_recipe_survives_being_written_and_read():
+    for path in RECIPES.glob("*.yaml"):
+        recipe = read_recipe(Recipe, path)
+        assert from_dict(Recipe, to_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"optimiser": {}}, "no key optimiser; the nearest is optimizer"),
+        ({"optimizer": {"learning_rat": 1}}, "no key optimizer.learning_rat"),
+        ({"data": {"sources": {"web": {"pth": "x", "weight": 1}}}}, "the nearest is data.sources.web.path"),
+        ({"training": {"max_steps": "many"}}, "training.max_steps = 'many'"),
+        ({"training": {"max_steps": 0}}, "training.max_steps must be at least 1, not 0"),
+        ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
+        ({"training": [1]}, "training must hold keys and values"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        from_dict(Recipe, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"training": {"global_batch_size": 2}, "scaling": {"num_workers": 3}}, r"\(2\) is smaller than .* \(3\)"),
+        ({"data": {"sequence_length": 4096}}, r"4096\) is beyond the model's max_position_embeddings"),
+        ({"tokenizer": {"vocab_size": 40_000}}, r"40000\) does not fit the model's vocab_size"),
+        ({"model": {"preset": "Doge-21M"}}, "Doge-20M"),
+        ({"engine": {"zero_stage": 0, "precision": "bf16"}}, "zero-stage 1"),
+        ({"lr_scheduler": {"warmup_steps": 9000}}, "nor together exceed"),
+        ({"name": "a/b"}, "plain name"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        from_dict(Recipe, values).check()
+
+
+def test_a_run_goes_on_only_with_what_it_was_started_with():
+    started = from_dict(Recipe, {})
+    longer = {"training": {"max_steps": 9000, "micro_batch_size": 2}, "scaling": {"num_workers": 5}, "engine": {"zero_stage": 3}}
+    check_same_run(from_dict(Recipe, longer), started)
+    for other in ({"optimizer": {"lr": 1}}, {"model": {"preset": "Doge-60M"}}, {"training": {"global_batch_size": 9}}):
+        with pytest.raises(UserError, match=next(iter(flatten_keys(other)))):
+            check_same_run(from_dict(Recipe, other), started)
+
+
+def flatten_keys(values):
+    return (f"{outer}.{inner}" for outer, inners in values.items() for inner in inners)
+
+
+def test_a_base_recipe_is_merged_key_by_key(tmp_path):
+    (tmp_path / "base.yaml").write_text("training: {max_steps: 5000, save_steps: 7}\n")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\ntraining: {max_steps: 4000}\n")
+    recipe = read_recipe(Recipe, tmp_path / "child.yaml")
+    assert (recipe.training.max_steps, recipe.training.save_steps) == (4000, 7)
+    assert flatten(recipe)["training.max_steps"] == 4000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "Doge-20"], "There is no recipe Doge-20; the nearest is Doge-20M"),
+        (["--recipe", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["--optimizer.learning-rate", "1"], "There is no option --optimizer.learning-rate"),
+        (["--from", "/nowhere/step-1", "--training.max-steps", "200"], "There is no checkpoint at /nowhere/step-1"),
+    ],
+)
+def test_the_command_prints_one_sentence_and_fails(arguments, sentence, tmp_path):
+    command = [sys.executable, "jobs/pretrain.py", "--storage", str(tmp_path / "doge"), *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {sentence}")
+    assert not (tmp_path / "doge").exists()
+
+
+def test_help_shows_examples_and_dry_run_starts_nothing(tmp_path):
+    shown = subprocess.run([sys.executable, "jobs/pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "ray job submit --working-dir . -- python jobs/pretrain.py" in shown.stdout
+    command = [sys.executable, "jobs/pretrain.py", "--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d")]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "15.8M parameters" in planned.stdout
+    assert not (tmp_path / "d").exists()
