@@ -24,7 +24,7 @@ PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "sklearn", "mat
 KINDS = ("prose", "conversation", "code", "arithmetic")
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "ensurepip", "test", "tests", "_vendor", "testing"}
 LARGEST_MODULE = 300_000  # bytes; above that a module is a table
-FILES = 16  # virtual files a source
+FILES = {"prose": 32, "conversation": 16, "code": 4, "arithmetic": 4}  # few shards are quick, large ones pad little
 YIELD = {"prose": 0.25, "conversation": 0.35, "code": 1.0}  # bytes of text a byte of source, roughly
 PROBLEMS = 20  # a document of arithmetic
 DOCUMENT_BYTES = 1200  # of those, roughly
@@ -38,7 +38,7 @@ def list_files(path: str, max_bytes: int) -> list[tuple[str, int, str]]:
     if max_bytes < 1:
         raise UserError(f"max_bytes of {path} must be positive, not {max_bytes}.")
     count = max(1, max_bytes // DOCUMENT_BYTES) if kind == "arithmetic" else len(_modules(kind, max_bytes))
-    bounds = [count * at // FILES for at in range(FILES + 1)]
+    bounds = [count * at // FILES[kind] for at in range(FILES[kind] + 1)]
     names = [f"{SCHEME}{kind}/{a}-{b}/{max_bytes}" for a, b in pairwise(bounds) if a < b]
     return [(name, 0, identity(name)) for name in names]
 

@@ -190,10 +190,12 @@ class _Preparation:
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = [{"source": source, "file": file, "part": part} for source, file, part in addresses]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            make, num_cpus=plan.recipe.num_cpus_per_task, compute=TaskPoolStrategy(size=min(tasks, len(items)))
+            make,
+            num_cpus=plan.recipe.num_cpus_per_task,
+            compute=TaskPoolStrategy(size=min(tasks, len(items))),
         )
         return iter(dataset.iter_rows())
 

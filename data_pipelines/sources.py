@@ -78,8 +78,8 @@ class DataRecipe:
         files_per_stripe: files of a source whose sequences are mixed with one another; training on a source starts
             when the first shard of each is prepared.
         skip_unreadable: leave out, with a warning, what cannot be read, instead of stopping.
-        num_cpus_per_task: CPUs that Ray reserves for a preparing task. Small, so that preparing goes on beside
-            training workers that have reserved nearly every CPU.
+        num_cpus_per_task: CPUs that Ray reserves for a preparing task; none by default, so that preparing goes on
+            beside training workers that have reserved every CPU.
         max_tasks: shards prepared at a time; 0 for as many as the cluster has CPUs.
     """
 
@@ -90,16 +90,21 @@ class DataRecipe:
     documents_per_shard: int = 4096
     files_per_stripe: int = 8
     skip_unreadable: bool = False
-    num_cpus_per_task: float = 0.1
+    num_cpus_per_task: float = 0.0
     max_tasks: int = 0
 
     def __post_init__(self):
-        smallest = {"sequence_length": 2, "held_out_sequences": 0, "documents_per_shard": 1, "files_per_stripe": 1}
+        smallest = {
+            "sequence_length": 2,
+            "held_out_sequences": 0,
+            "documents_per_shard": 1,
+            "files_per_stripe": 1,
+            "num_cpus_per_task": 0,
+            "max_tasks": 0,
+        }
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.num_cpus_per_task <= 0:
-            raise UserError(f"data.num_cpus_per_task must be positive, not {self.num_cpus_per_task}.")
 
 
 class InputFile(NamedTuple):

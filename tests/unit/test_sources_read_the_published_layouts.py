@@ -197,7 +197,7 @@ def test_an_offline_hub_says_how_to_point_at_local_files(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("values", [{"sequence_length": 1}, {"documents_per_shard": 0}, {"num_cpus_per_task": 0}])
+@pytest.mark.parametrize("values", [{"sequence_length": 1}, {"documents_per_shard": 0}, {"num_cpus_per_task": -1.0}])
 def test_impossible_recipes_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
         DataRecipe(**values)

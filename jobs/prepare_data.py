@@ -1,0 +1,67 @@
+"""Prepare a recipe's training sequences ahead of training, which otherwise does so beside it.
+
+    python jobs/prepare_data.py --recipe tiny
+    python jobs/prepare_data.py --recipe Doge-20M --storage /data/doge --all
+    python jobs/prepare_data.py --recipe Doge-20M --data.sources.fineweb-edu-dedup.path '/data/fineweb/*.parquet'
+    ray job submit --working-dir . -- python jobs/prepare_data.py --recipe tiny
+
+Prepares what the recipe's steps need. An interrupted preparation goes on by the same command, and every run whose
+recipe has the same inputs, tokenizer and sequence length shares the result.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from cluster.connection import connect
+from cluster.console import Console
+from jobs.command import Command, main
+
+
+@dataclass(frozen=True)
+class PrepareData(Command):
+    """Options of `prepare_data.py`.
+
+    Args:
+        all: every file of every source, instead of what the recipe's steps need.
+    """
+
+    all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def run(command: PrepareData) -> None:
+    recipe, console = command.settings, Console(1, 1)
+    recipe.check()
+    console.say(f"Preparing {'all of ' if command.all else ''}the data of {recipe.name}")
+    console.table(row for row in recipe.plan() if row[0] in ("data", "steps"))
+    if command.dry_run:
+        return
+    connect(recipe.scaling)
+    from data_pipelines.plan import make_plan
+    from data_pipelines.prepare import Progress, prepare
+    from doge.storage import Storage
+
+    storage = Storage(recipe.storage)
+    plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)
+    counts = ", ".join(f"{name} {len(files):,}" for name, files in plan.files.items())
+    console.table([("files", counts), ("tokenizer", storage.path(plan.tokenizer)), ("shards", storage.path("shards"))])
+    live, told = sys.stdout.isatty(), time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        nonlocal told
+        if live:
+            print(f"\r\x1b[2K{progress}", end="", flush=True)
+        elif time.monotonic() - told > 10:
+            told = time.monotonic()
+            print(progress, flush=True)
+
+    progress = prepare(plan, storage, None if command.all else recipe.training_sequences, tell)
+    console.say(f"{chr(13) if live else ''}{progress}")
+    console.say(f"The order of the sequences is {plan.fingerprint}.")
+
+
+if __name__ == "__main__":
+    main(PrepareData, run, __doc__)
