@@ -294,6 +294,8 @@ def _pin_revision(path: str) -> str:
     from huggingface_hub import HfApi, HfFileSystem
 
     resolved = HfFileSystem().resolve_path(path)
+    if not hasattr(resolved, "repo_id"):  # a bucket has no commits
+        return path
     commit = HfApi().repo_info(resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision).sha
     return f"hf://{resolved.repo_type}s/{resolved.repo_id}@{commit}/{resolved.path_in_repo}"
 

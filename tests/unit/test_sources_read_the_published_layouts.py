@@ -14,6 +14,7 @@ from data_pipelines.sources import (
     DataRecipe,
     SourceRecipe,
     Unreadable,
+    _pin_revision,
     documents,
     fetch_blobs,
     list_files,
@@ -195,6 +196,29 @@ def test_an_offline_hub_says_how_to_point_at_local_files(monkeypatch):
     with pytest.raises(UserError, match=r"no route to host.*--data\.sources\.web\.path") as error:
         list_files("web", source)
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_path_is_pinned_to_todays_commit(monkeypatch):
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi, HfFileSystem
+
+    def resolve_path(self, path):
+        owner, name, *inside = path.removeprefix("hf://datasets/").split("/")
+        name, _, revision = name.partition("@")
+        return SimpleNamespace(
+            repo_id=f"{owner}/{name}", repo_type="dataset", revision=revision or "main", path_in_repo="/".join(inside)
+        )
+
+    commits = {"main": "c0ffee", "v2": "beef"}
+    monkeypatch.setattr(HfFileSystem, "resolve_path", resolve_path)
+    monkeypatch.setattr(
+        HfApi, "repo_info", lambda self, repo_id, repo_type, revision: SimpleNamespace(sha=commits[revision])
+    )
+    for revision, commit in (("", "c0ffee"), ("@v2", "beef")):
+        path = f"hf://datasets/HuggingFaceTB/finemath{revision}/finemath-4plus/*.parquet"
+        assert _pin_revision(path) == f"hf://datasets/HuggingFaceTB/finemath@{commit}/finemath-4plus/*.parquet"
+    assert _pin_revision("/data/*.parquet") == "/data/*.parquet"
 
 
 @pytest.mark.parametrize("values", [{"sequence_length": 1}, {"documents_per_shard": 0}, {"num_cpus_per_task": -1.0}])
