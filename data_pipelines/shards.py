@@ -10,12 +10,12 @@ holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)``
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.encoding import tokenize
 from data_pipelines.packing import Packed, pack, token_dtype
 from data_pipelines.sources import SUFFIXES, DataRecipe, InputFile, SourceRecipe, Unreadable, documents, read_rows
 from doge.storage import Storage, sha256
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 1  # raise it when the same address would give other content
-BATCH = 512  # documents tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -79,39 +78,6 @@ def read_record(storage: Storage, key: str, part: int) -> ShardRecord | None:
         return ShardRecord(**json.loads(storage.read_bytes(record_name(key, part))))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str | tuple[str, str]]) -> list[np.ndarray]:
-    """Token ids of documents, each from BOS (if there is one) to EOS; nothing of a document without text.
-
-    A (prompt, text) pair goes through the chat template, which brings both. In plain text, what looks like a special
-    token is text.
-    """
-    backend = tokenizer.backend_tokenizer
-    dtype = token_dtype(len(tokenizer))
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [tokenizer.eos_token_id]
-    ids: list[np.ndarray] = []
-    for batch in (texts[at : at + BATCH] for at in range(0, len(texts), BATCH)):
-        conversations = [isinstance(text, tuple) for text in batch]
-        backend.encode_special_tokens = not any(conversations)
-        rendered = [_render(tokenizer, text) if isinstance(text, tuple) else text for text in batch]
-        for encoding, conversation in zip(
-            backend.encode_batch_fast(rendered, add_special_tokens=False), conversations, strict=True
-        ):
-            content = encoding.ids
-            if content and not conversation:
-                content = before + content + after
-            ids.append(np.array(content, dtype))
-    return ids
-
-
-def _render(tokenizer: "PreTrainedTokenizerFast", turns: tuple[str, str]) -> str:
-    prompt, text = turns
-    if not prompt and not text:
-        return ""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def make_shard(

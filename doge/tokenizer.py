@@ -75,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> "PreTraine
     """Learn a byte-level BPE from ``texts``; the same texts give the same tokenizer.
 
     Few texts may give fewer than ``vocab_size`` ids, never more. Encoding adds BOS in front (as Llama 3 does); the
-    chat template brings its own, and `tokenize` in data_pipelines/shards.py adds BOS and EOS around each document.
+    chat template brings its own, and `tokenize` in data_pipelines/encoding.py adds BOS and EOS around each document.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_pipelines.shards import tokenize
+from data_pipelines import encoding
+from data_pipelines.encoding import tokenize
 from doge.errors import UserError
 from doge.tokenizer import SPECIAL_TOKENS, TokenizerRecipe, fingerprint, load_tokenizer, train_tokenizer
 
@@ -67,7 +68,7 @@ def test_a_generation_prompt_is_a_prefix_of_the_conversation(tokenizer):
 
 
 def test_documents_have_one_bos_and_one_eos(tokenizer):
-    text, conversation, empty = tokenize(tokenizer, ["a b", ("Why?", "Because."), ""])
+    (text, empty), (conversation,) = tokenize(tokenizer, ["a b", ""]), tokenize(tokenizer, [("Why?", "Because.")])
     for ids in (text, conversation):
         assert ids[0] == 0
         assert (ids == 0).sum() == 1
@@ -97,3 +98,26 @@ def test_an_unreachable_tokenizer_says_how_to_point_at_a_local_one(tmp_path):
 def test_a_vocabulary_below_the_bytes_is_refused():
     with pytest.raises(UserError, match="vocab_size is 200"):
         TokenizerRecipe(vocab_size=200)
+
+
+AWKWARD = ["", " ", "x<|end_of_text|>y", "naïve\u3000größe\n\n\n  12345", "I'LL\r\n we'Ve\t", "🐕🐕 ok", "a\x00b"]
+
+
+def test_gigatoken_and_tokenizers_agree(tokenizer, monkeypatch):
+    pytest.importorskip("gigatoken")
+    pairs = [("Why " + text, text) for text in AWKWARD]
+    fast = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
+    monkeypatch.setattr(encoding, "_gigatoken", lambda content, special: None)
+    slow = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
+    assert [[ids.tolist() for ids in found] for found in fast] == [[ids.tolist() for ids in found] for found in slow]
+
+
+def test_a_faster_encoder_that_disagrees_is_not_used(tokenizer, monkeypatch, caplog):
+    class Wrong:
+        def encode_batch_list(self, texts, parallel):
+            return [[9]] * len(texts)
+
+    expected = [ids.tolist() for ids in tokenize(tokenizer, TEXTS)]
+    monkeypatch.setattr(encoding, "_gigatoken", lambda content, special: Wrong())
+    assert [ids.tolist() for ids in tokenize(tokenizer, TEXTS)] == expected
+    assert "does not agree" in caplog.text
