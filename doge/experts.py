@@ -73,7 +73,8 @@ class DogeCDMoE(nn.Module):
 
     Parameters: `gate_proj`, `up_proj`, `down_proj` of the shared expert, as in a dense layer; `queries.weight`
     (num_expert_heads * r, hidden_size); `keys` (num_expert_heads, n1 + n2, r / 2); `down_embed.weight` and
-    `up_embed.weight` (num_experts, hidden_size), in transformers' sense of down (reads) and up (writes).
+    `up_embed.weight` (num_experts, hidden_size), in transformers' sense of down (reads) and up (writes). The model that
+    the layer belongs to initialises them.
     """
 
     def __init__(self, config: DogeMoeConfig):
@@ -88,7 +89,6 @@ class DogeCDMoE(nn.Module):
         half = config.expert_retrieval_size // 2
         self.queries = nn.Linear(hidden_size, self.num_expert_heads * 2 * half, bias=False)
         self.keys = nn.Parameter(torch.empty(self.num_expert_heads, sum(self.grid), half))
-        nn.init.normal_(self.keys, std=half**-0.5)
         self.down_embed = ExpertInput(self.num_experts, hidden_size)
         self.up_embed = ExpertOutput(self.num_experts, hidden_size)
         self.expert_counts: torch.Tensor | None = None  # (num_experts,) int64 while usage is being tracked

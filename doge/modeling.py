@@ -135,11 +135,12 @@ class DogeModel(DogePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise UserError("Caches of fixed size (cache_implementation='static') are not supported: use DynamicCache.")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(
                 f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the causal and "
-                "the dynamic mask are computed inside, and caches of fixed size (cache_implementation='static') are "
-                "not supported."
+                "the dynamic mask are computed inside."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

@@ -109,6 +109,20 @@ def test_beyond_the_window_masks_are_a_chunk_of_queries_tall(monkeypatch):
     assert not [shape for shape, _ in allocations.results if shape.count(seq) > 1]
 
 
+def test_beyond_the_window_no_mask_waits_for_the_backward_pass():
+    saved = []
+    inputs = random_inputs(40)
+
+    def pack(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dynamic_mask_attention(*inputs, window=7)
+    assert (2, 2, 40, 24) in saved  # folded keys, 16 + 8 channels
+    assert not [shape for shape in saved if len(shape) == 4 and shape[-1] > 24]
+
+
 @pytest.mark.parametrize(
     ("positions", "lengths"),
     [

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import logits_in_pieces, logits_of, tiny_model, tokens
 
+from doge.errors import UserError
+
 PIECES = pytest.mark.parametrize(
     "sizes",
     [[1] * 50, [20, 30], [10, 1, 1, 20, 18], [49, 1], [16, 17, 17]],
@@ -69,3 +71,8 @@ def test_a_packed_sequence_gives_no_cache():
     model = tiny_model()
     positions = torch.cat([torch.arange(20), torch.arange(30)]).unsqueeze(0)
     assert model(tokens(1, 50), position_ids=positions, use_cache=True).past_key_values is None
+
+
+def test_a_cache_of_fixed_size_is_refused():
+    with pytest.raises(UserError, match="static"):
+        tiny_model().generate(tokens(1, 10), max_new_tokens=3, cache_implementation="static")
