@@ -152,13 +152,12 @@ class _Preparation:
         self.beyond: set[Address] = set()
         self.started = time.monotonic()
         self.documents = self.tokens = 0
+        self.fraction_before: float | None = None  # what earlier runs prepared, once known
 
     def run(self, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Progress:
         saved, stopped = time.monotonic(), False
-        tasks = None
-        self.fraction_before: float | None = None
+        tasks = self.plan.recipe.max_tasks or _cluster_cpus()
         while not stopped:
-            tasks = tasks or self.plan.recipe.max_tasks or _cluster_cpus()
             addresses = missing_shards(
                 self.plan, self.order, self.catalog, self.needed, SHARDS_PER_ROUND * tasks, self.beyond
             )
