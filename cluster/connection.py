@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 from cluster.recipe import ScalingRecipe
 from doge.errors import UserError
@@ -11,25 +12,34 @@ def connect(scaling: ScalingRecipe) -> None:
     """Join the cluster of ``scaling.address``, of this job or of this machine, or start one of this machine alone.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or it does not take this machine's token.
     """
-    # Accelerators stay visible to actors that reserve none (the checkpoint of a CPU run opens on a GPU machine too).
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Ray's own default, but for a cluster named by its address, where Ray leaves a token that is there unused.
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
     if ray.is_initialized():
         return
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=scaling.address, include_dashboard=False, **options)
-    except ValueError:  # an existing cluster does not take include_dashboard
-        ray.init(address=scaling.address, **options)
-    except ConnectionError as error:
+        ray.init(address=address or "auto", **quiet)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if address is None:  # this machine belongs to no cluster
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return
         raise UserError(
-            f"No Ray cluster answers at {scaling.address}: start one with `ray start --head`, "
-            "or leave out --scaling.address."
+            f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out; "
+            "one that has a token (~/.ray/auth_token on its head) needs the same token here."
         ) from error
+
+
+def _has_token() -> bool:
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists()
 
 
 def resolve_workers(scaling: ScalingRecipe) -> tuple[int, bool]:

@@ -55,7 +55,7 @@ class Run:
             return None
         check_same_run(self.recipe, started)
         with suppress(FileNotFoundError):
-            summary = Summary(**json.loads(self.directory.read_bytes("summary.json")))
+            summary = from_dict(Summary, json.loads(self.directory.read_bytes("summary.json")))
             if summary.step >= self.recipe.training.max_steps:
                 self.console.say(
                     f"The run {self.recipe.name} is finished; --name NEW starts another, a larger "

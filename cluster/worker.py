@@ -90,10 +90,10 @@ class Worker:
         self._tell_membership()
         first = self.engine.step_count
         batches = self.reader.prefetch(self._own_ranges(training.max_steps - first))
+        ended = time.perf_counter()
         for step in range(first, training.max_steps):
-            started = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - started
+            waited = time.perf_counter() - ended
             factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
             result = self.engine.step(self._tensors(batch), factor)
             first_sequence = self.position.next_sequence
@@ -103,10 +103,12 @@ class Worker:
                 own = self._share(first_sequence)
                 self.board.post.remote("samples", (step, own.start, [tuple(sample) for sample in batch.samples]))
             if self.rank == 0:
-                self._tell_step(result, factor, time.perf_counter() - started, waited)
+                self._tell_step(result, factor, time.perf_counter() - ended, waited)
+            ended = time.perf_counter()
             done = step + 1 == training.max_steps
             if done or (step + 1) % training.eval_steps == 0:
                 self.evaluate()
+                ended = time.perf_counter()
             if done or (step + 1) % training.save_steps == 0:
                 self.commit()
         self.checkpoints.wait()

@@ -78,6 +78,7 @@ class Checkpoints:
             (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
             before_commit()
 
+        self.storage.sweep()
         self.storage.write(_name(state.step), fill)
         for step in self.steps()[: -self._keep]:
             self.storage.delete(_name(step))

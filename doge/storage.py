@@ -19,6 +19,7 @@ import fsspec
 from doge.errors import UserError
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_PARTIAL = ".partial"  # what is being written, or was when its writer died
 
 
 class Storage:
@@ -61,7 +62,8 @@ class Storage:
             found = self._filesystem.ls(f"{self._base}/{prefix}".rstrip("/"), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for name in (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found) if name)
+        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(name for name in names if name and not name.endswith(_PARTIAL))
 
     def read_bytes(self, name: str) -> bytes:
         """The whole of ``name``, never from the cache; raises FileNotFoundError."""
@@ -81,10 +83,10 @@ class Storage:
         target = f"{self._base}/{name}"
         if self.is_local:
             parent = os.path.dirname(target)
-            temporary = os.path.join(parent, f".{os.path.basename(target)}.{uuid.uuid4().hex}.partial")
+            temporary = os.path.join(parent, f".{os.path.basename(target)}.{uuid.uuid4().hex}{_PARTIAL}")
         else:
             parent = self._cache
-            temporary = os.path.join(parent, f"{uuid.uuid4().hex}.partial")
+            temporary = os.path.join(parent, f"{uuid.uuid4().hex}{_PARTIAL}")
         try:
             os.makedirs(parent, exist_ok=True)
             fill(temporary)
@@ -120,7 +122,7 @@ class Storage:
         path = os.path.join(self._cache, key)
         if not os.path.exists(path):
             os.makedirs(self._cache, exist_ok=True)
-            temporary = f"{path}.{uuid.uuid4().hex}.partial"
+            temporary = f"{path}.{uuid.uuid4().hex}{_PARTIAL}"
             try:
                 self._filesystem.get(f"{self._base}/{name}", temporary)
                 os.replace(temporary, path)
@@ -138,6 +140,13 @@ class Storage:
         self.forget(name)
         with suppress(FileNotFoundError):
             self._filesystem.rm(f"{self._base}/{name}", recursive=True)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left directly under the root. Only where nobody else is writing."""
+        if self.is_local and os.path.isdir(self._base):
+            for name in os.listdir(self._base):
+                if name.endswith(_PARTIAL):
+                    _remove(os.path.join(self._base, name))
 
 
 def sha256(path: str) -> str:

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,25 @@ def test_a_checkpoint_of_another_model_is_refused():
         check_fits(state(1), torch.nn.Linear(2, 2, bias=False))
     with pytest.raises(UserError, match="bias is missing there and 3 in the recipe"):
         check_fits(state(1), torch.nn.Linear(2, 3))
+
+
+def test_what_a_killed_writer_left_is_not_seen_and_swept_by_the_next(tmp_path):
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert len(os.listdir(tmp_path)) == 1
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    assert checkpoints.storage.names() == []
+    checkpoints.save(state(1), {})
+    checkpoints.wait()
+    assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+def _die_while_writing(root: str) -> None:
+    def fill(path: str) -> None:
+        Path(path).write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Storage(root).write("step-00000001", fill)

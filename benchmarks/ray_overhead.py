@@ -1,0 +1,133 @@
+"""What Ray Train, DeepSpeed and the run's own bookkeeping add to a training step.
+
+    python benchmarks/ray_overhead.py --runs 3 --steps 12
+
+Trains Doge-20M with one worker through the whole system, and the same sequences in a plain PyTorch loop with the same
+AdamW, clipping and fp32 master weights, by turns. Prints the median step of each and ends in one line of JSON with
+step_s_ours, step_s_plain and ratio.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from pathlib import Path
+
+from cluster.recipe import Recipe
+from doge.recipe import from_dict, to_yaml
+
+WARM_UP_STEPS = 3
+SEQUENCE_LENGTH = 2048
+
+
+def recipe(storage: str, name: str, steps: int, precision: str) -> Recipe:
+    values = {
+        "name": name,
+        "storage": storage,
+        "model": {"preset": "Doge-20M"},
+        "tokenizer": {"vocab_size": 4096, "training_bytes": 2_000_000},
+        "data": {"sequence_length": SEQUENCE_LENGTH, "held_out_sequences": 0},
+        "lr_scheduler": {"warmup_steps": 2, "decay_steps": 2},
+        "engine": {"precision": precision},
+        "training": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "save_steps": 10**6},
+        "scaling": {"num_workers": 1},
+    }
+    return from_dict(Recipe, values)
+
+
+def ours(storage: str, name: str, steps: int, precision: str) -> list[float]:
+    """Seconds of every step of a run of the whole system, with what lies between two steps."""
+    path = Path(storage, f"{name}.yaml")
+    path.write_text(to_yaml(recipe(storage, name, steps, precision)))
+    subprocess.run([sys.executable, "jobs/pretrain.py", "--recipe", path], check=True, capture_output=True)
+    from doge.storage import Storage
+    from doge.tracking import Tracker, TrackingRecipe
+
+    root = Storage(storage)
+    rates = Tracker(TrackingRecipe(), root, root / f"runs/{name}", name).history("tokens_per_s")
+    return [2 * SEQUENCE_LENGTH / rate for _, rate in rates]
+
+
+def plain(storage: str, name: str, steps: int, precision: str) -> list[float]:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--plain", storage, name, "--steps", str(steps), "--precision", precision]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[float]:
+    """Seconds of every step of a loop that knows neither Ray nor DeepSpeed."""
+    import torch
+
+    from data_pipelines.plan import make_plan
+    from data_pipelines.reader import Reader
+    from doge.hardware import use_cores
+    from doge.modeling import build_model
+    from doge.storage import Storage
+
+    use_cores(1)
+    run = recipe(storage, name, steps, precision)
+    root = Storage(storage)
+    reader = Reader(root, make_plan(run.data, run.tokenizer, root).fingerprint)
+    torch.manual_seed(run.training.seed)
+    master = build_model(run.model.build())
+    optimizer = run.optimizer.build(master)
+    model = master if precision == "fp32" else deepcopy(master).to(torch.bfloat16)
+    pairs = list(zip(model.parameters(), master.parameters(), strict=True))
+    seconds = []
+    for step in range(steps):
+        batch = reader.read(2 * step, 2 * step + 2)
+        started = time.perf_counter()
+        loss_tokens = int((batch.labels[:, 1:] != -100).sum())
+        for row in range(2):
+            inputs = {
+                "input_ids": torch.from_numpy(batch.tokens[row : row + 1]),
+                "labels": torch.from_numpy(batch.labels[row : row + 1]),
+                "position_ids": torch.from_numpy(batch.position_ids[row : row + 1]),
+            }
+            loss = model(**inputs, use_cache=False, reduction="sum").loss / loss_tokens
+            loss.backward()
+            if model is not master:  # gradients accumulate in fp32
+                for weight, parameter in pairs:
+                    gradient = weight.grad.float()
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                    weight.grad = None
+        torch.nn.utils.clip_grad_norm_(master.parameters(), run.optimizer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = run.optimizer.lr * run.lr_scheduler.factor(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if model is not master:
+            with torch.no_grad():
+                for weight, parameter in pairs:
+                    weight.copy_(parameter)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, by turns")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps a run, of which {WARM_UP_STEPS} do not count")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--plain", nargs=2, metavar=("STORAGE", "NAME"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plain:
+        print(json.dumps(plain_loop(*arguments.plain, arguments.steps, arguments.precision)))
+        return
+    medians: dict[str, list[float]] = {"ours": [], "plain": []}
+    with tempfile.TemporaryDirectory() as storage:
+        for run in range(arguments.runs):
+            for label, measure in (("ours", ours), ("plain", plain)):
+                seconds = measure(storage, f"run-{run}", arguments.steps, arguments.precision)[WARM_UP_STEPS:]
+                medians[label].append(statistics.median(seconds))
+                print(f"{label:6} run {run + 1}: median step {medians[label][-1]:.3f} s", flush=True)
+    step_ours, step_plain = (statistics.median(medians[label]) for label in ("ours", "plain"))
+    print(json.dumps({"step_s_ours": step_ours, "step_s_plain": step_plain, "ratio": step_ours / step_plain}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A recipe of a few seconds, and what its runs leave behind."""
+
+import json
+from pathlib import Path
+
+import psutil
+
+from cluster.recipe import Recipe
+from doge.recipe import from_dict
+from doge.storage import Storage
+
+
+def ray_workers(temp_dir: str) -> list[psutil.Process]:
+    """The processes of the training workers that belong to the Ray session of ``temp_dir``."""
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"])
+               if p.info["name"] == "raylet" and any(temp_dir in part for part in p.info["cmdline"] or [])]  # fmt: skip
+    children = [child for raylet in raylets for child in raylet.children(recursive=True)]
+    return [p for p in children if any("RayTrainWorker" in part for part in p.cmdline())]
+
+
+def small_recipe(storage: Path, texts: dict[str, str], **changes) -> Recipe:
+    """A recipe of a few seconds; ``changes`` are nested dictionaries of its keys."""
+    values = {
+        "name": "small",
+        "storage": str(storage),
+        "model": {
+            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "keep_window_size": 64,
+        },
+        "tokenizer": {"vocab_size": 512, "training_bytes": 100_000},
+        "data": {
+            "sources": {name: {"path": path, "weight": 1} for name, path in texts.items()},
+            "sequence_length": 64, "held_out_sequences": 10, "documents_per_shard": 50, "files_per_stripe": 2,
+        },
+        "optimizer": {"lr": 3e-3},
+        "lr_scheduler": {"warmup_steps": 5, "decay_steps": 10},
+        "engine": {"precision": "fp32"},
+        "training": {
+            "max_steps": 50, "global_batch_size": 8, "micro_batch_size": 2, "eval_steps": 20, "save_steps": 10,
+            "logging_steps": 10, "record_samples": True,
+        },
+        "scaling": {"num_workers": 2},
+    }  # fmt: skip
+    return from_dict(Recipe, _merge(values, changes))
+
+
+def _merge(values: dict, changes: dict) -> dict:
+    merged = dict(values)
+    for key, value in changes.items():
+        merged[key] = _merge(values[key], value) if isinstance(value, dict) and key in values else value
+    return merged
+
+
+def losses(recipe: Recipe, metric: str = "loss") -> dict[int, float]:
+    """What MLflow holds of a run, by step; fails if a step was logged twice."""
+    from doge.tracking import Tracker
+
+    root = Storage(recipe.storage)
+    history = Tracker(recipe.tracking, root, root / f"runs/{recipe.name}", recipe.name).history(metric)
+    assert len(history) == len(dict(history)), "a step was logged twice"
+    return dict(history)
+
+
+def samples(recipe: Recipe) -> dict[int, dict[int, tuple]]:
+    """The recorded samples: by step, from sequence number to where it lies."""
+    directory = Storage(recipe.storage) / f"runs/{recipe.name}/samples"
+    found: dict[int, dict[int, tuple]] = {}
+    for name in directory.names():
+        step = int(name.split("-")[1])
+        share = {int(index): tuple(place) for index, place in json.loads(directory.read_bytes(name)).items()}
+        assert not share.keys() & found.get(step, {}).keys()
+        found.setdefault(step, {}).update(share)
+    return found

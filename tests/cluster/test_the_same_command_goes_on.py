@@ -1,0 +1,97 @@
+"""Everything dies and the same command goes on; jobs are submitted; checkpoints begin other runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import losses, samples, small_recipe
+
+from cluster.pretraining import pretrain
+from doge.errors import UserError
+from doge.recipe import to_yaml
+
+ROOT = Path(__file__).parents[2]
+ONE_WORKER = {"scaling": {"num_workers": 1}, "training": {"max_steps": 30, "save_steps": 10}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, texts, tmp_path_factory):
+    recipe = small_recipe(tmp_path_factory.mktemp("undisturbed"), texts, **ONE_WORKER)
+    return recipe, pretrain(recipe)
+
+
+def test_a_killed_driver_and_half_made_shards_change_no_sample(undisturbed, ray_cluster, texts, tmp_path):
+    """The driver is killed once a checkpoint is there, half the shards are taken away, and the command is repeated."""
+    recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    command = [sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
+    environment = os.environ | {"RAY_ADDRESS": ray_cluster.address}
+    checkpoints = Path(recipe.storage, "runs/small/checkpoints")
+    with open(tmp_path / "log", "w") as log:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        while not any(checkpoints.glob("step-*")):
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    shards = sorted(Path(recipe.storage, "shards").rglob("*.json"))
+    assert len(shards) > 3
+    for record in shards[1::2]:
+        record.unlink()
+    assert not Path(recipe.storage, "runs/small/summary.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "from step 10." in again.stdout or "from step 20." in again.stdout
+    assert samples(recipe) == samples(undisturbed[0])
+    assert losses(recipe) == losses(undisturbed[0])
+
+
+def test_a_checkpoint_leaves_the_stable_phase_earlier(undisturbed, texts, tmp_path):
+    """`--from` a checkpoint of the stable phase: the same next step, and another schedule."""
+    recipe, _ = undisturbed
+    early = small_recipe(recipe.storage, texts, **ONE_WORKER | {"name": "early", "lr_scheduler": {"decay_steps": 2}})
+    pretrain(early, start_from=f"{recipe.storage}/runs/small/checkpoints/step-00000020")
+    before, after = losses(recipe), losses(early)
+    assert sorted(after) == list(range(21, 31))
+    assert after[21] == before[21]  # the loss before the first update that differs
+    assert losses(early, "learning_rate")[28] == pytest.approx(3e-3)
+    assert losses(recipe, "learning_rate")[28] < 3e-3
+    first = samples(early)[20]
+    assert first == samples(recipe)[20]
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(undisturbed, texts, tmp_path):
+    checkpoint = f"{undisturbed[0].storage}/runs/small/checkpoints/step-00000030"
+    other = small_recipe(tmp_path, texts, model={"num_hidden_layers": 3}, training={"max_steps": 60})
+    with pytest.raises(UserError, match=r"The checkpoint is of another model: .*layers\.2\..* is missing there"):
+        pretrain(other, start_from=checkpoint)
+    assert not list(Path(tmp_path).glob("plans/*"))
+
+
+def test_more_workers_than_the_cluster_can_hold_are_refused(ray_cluster, texts, tmp_path):
+    with pytest.raises(UserError, match="5 workers need 5 CPUs, but the cluster has 4"):
+        pretrain(small_recipe(tmp_path, texts, scaling={"num_workers": 5}))
+
+
+def test_an_empty_source_file_ends_the_run_with_its_name(ray_cluster, texts, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl"):
+        pretrain(small_recipe(tmp_path / "home", texts | {"prose": str(tmp_path / "empty.jsonl")}, **ONE_WORKER))
+
+
+def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
+    recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER | {"training": {"max_steps": 20}})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
+    entry = ["--working-dir", ".", "--", sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
+    result = subprocess.run([*submit, *entry], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout
+    assert "held-out loss" in result.stdout
+    assert sorted(losses(recipe)) == list(range(1, 21))
+    assert "\x1b" not in result.stdout.split("Pretraining small")[1].split("MLflow")[0]  # plain lines in a job's log
