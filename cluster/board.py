@@ -36,11 +36,12 @@ class Board:
             self._progress.notify_all()
         return self._posts[handled:]
 
-    async def settle(self) -> None:
-        """Return once the driver has dealt with all that was posted before."""
+    async def settle(self) -> str | None:
+        """Return once the driver has dealt with all that was posted before: None, or why the run was stopped."""
         posted = len(self._posts)
         async with self._progress:
             await self._progress.wait_for(lambda: self._handled >= posted)
+        return self._stopped
 
     async def stop(self, reason: str) -> None:
         """End the run for good: no restart of the workers goes on. The first reason stays."""

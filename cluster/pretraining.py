@@ -3,8 +3,9 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.board import Post, open_board
 from cluster.connection import connect, resolve_workers
@@ -15,6 +16,9 @@ from doge.errors import UserError
 from doge.recipe import flatten, from_dict, to_yaml
 from doge.storage import Storage
 from doge.tracking import Tracker
+
+if TYPE_CHECKING:
+    from data_pipelines.plan import Plan
 
 POLL_SECONDS = 0.25
 
@@ -69,20 +73,14 @@ class Run:
         console.say(f"Pretraining {recipe.name}")
         console.table(recipe.plan())
         self._check_start()
-        connect(recipe.scaling)
-        num_workers, use_gpu = resolve_workers(recipe.scaling)
-        recipe.check_workers(num_workers)
-        from data_pipelines.plan import make_plan  # after Ray has started: both take seconds to import
-
-        plan = make_plan(recipe.data, recipe.tokenizer, self.storage, console.say)
-        vocabulary = len(plan.open_tokenizer(self.storage))
-        if vocabulary > recipe.model.build().vocab_size:
-            raise UserError(
-                f"The tokenizer has {vocabulary:,} ids, more than the model's vocab_size "
-                f"{recipe.model.build().vocab_size:,}: set --model.vocab-size {vocabulary} or choose another tokenizer."
-            )
+        with ThreadPoolExecutor() as pool:  # each takes seconds, and waits for nothing of the others
+            planned = pool.submit(self._plan_data)
+            tracked = pool.submit(Tracker, recipe.tracking, self.storage, self.directory, recipe.name)
+            connect(recipe.scaling)
+            num_workers, use_gpu = resolve_workers(recipe.scaling)
+            recipe.check_workers(num_workers)
+            plan, tracker = planned.result(), tracked.result()
         self.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
-        tracker = Tracker(recipe.tracking, self.storage, self.directory, recipe.name)
         tracker.log_params(flatten(recipe))
         status = "FAILED"
         try:
@@ -91,12 +89,25 @@ class Run:
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
-            raise UserError("Interrupted: the same command goes on from the last checkpoint.") from None
+            raise
         finally:
             tracker.finish(status)
         return summary
 
-    def _train(self, plan, tracker: Tracker, num_workers: int, use_gpu: bool) -> None:
+    def _plan_data(self) -> "Plan":
+        """List the data and make the tokenizer, which must fit the model."""
+        from data_pipelines.plan import make_plan
+
+        plan = make_plan(self.recipe.data, self.recipe.tokenizer, self.storage, self.console.say)
+        vocabulary, room = len(plan.open_tokenizer(self.storage)), self.recipe.model.build().vocab_size
+        if vocabulary > room:
+            raise UserError(
+                f"The tokenizer has {vocabulary:,} ids, more than the model's vocab_size {room:,}: "
+                f"set --model.vocab-size {vocabulary} or choose another tokenizer."
+            )
+        return plan
+
+    def _train(self, plan: "Plan", tracker: Tracker, num_workers: int, use_gpu: bool) -> None:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -127,6 +138,8 @@ class Run:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 failure = error
+            except SystemExit:  # how Ray Train ends an interrupted run
+                raise KeyboardInterrupt from None
             finally:
                 reason = ray.get(board.stopped.remote())
                 recorder.over = True
@@ -140,7 +153,7 @@ class Run:
                 "the same command goes on from the last checkpoint."
             ) from failure
 
-    def _prepare(self, plan, board, recorder: "Recorder") -> None:
+    def _prepare(self, plan: "Plan", board, recorder: "Recorder") -> None:
         """Make the shards that this run needs; a failure ends the run with its sentence."""
         from data_pipelines.prepare import prepare
 
@@ -219,12 +232,13 @@ class Recorder:
         handled, last = 0, False
         while not last:
             last = self._done.wait(POLL_SECONDS)
+            posts = ray.get(self._board.take.remote(handled))
             try:
-                posts = ray.get(self._board.take.remote(handled))
                 self._handle(posts)
-                handled += len(posts)
-            except UserError as error:
-                ray.get(self._board.stop.remote(str(error)))
+            except Exception as error:  # the run must not train on unrecorded, nor wait for a recorder that is gone
+                reason = str(error) if isinstance(error, UserError) else f"Recording the run failed: {error!r}."
+                ray.get(self._board.stop.remote(reason))
+            handled += len(posts)
         ray.get(self._board.take.remote(handled))
 
     def _handle(self, posts: list[Post]) -> None:

@@ -1,5 +1,6 @@
 """What one worker does: enter the group, take up the run's state, and step until the run ends or the group changes."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ def train(config: WorkerConfig) -> None:
     except UserError as error:  # restarting would only meet it again
         ray.get(config.board.stop.remote(str(error)))
         raise
+    except Exception as error:  # a peer is gone, or this worker is about to be
+        rank, reason = ray.train.get_context().get_world_rank(), " ".join(str(error).split())[:160]
+        ray.get(config.board.post.remote("message", f"Worker {rank} stopped: {type(error).__name__}: {reason}"))
+        raise
 
 
 class Worker:
@@ -96,6 +101,11 @@ class Worker:
             waited = time.perf_counter() - ended
             factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
             result = self.engine.step(self._tensors(batch), factor)
+            if not math.isfinite(result.loss):
+                raise UserError(
+                    f"The loss became {result.loss} in step {step + 1}; the last checkpoint is from "
+                    "before: go on from there with a lower --optimizer.lr under another --name."
+                )
             first_sequence = self.position.next_sequence
             self.position.next_sequence += training.global_batch_size
             self.position.tokens_seen += training.global_batch_size * self.recipe.data.sequence_length
@@ -132,17 +142,21 @@ class Worker:
         """Hand a copy of the state to the checkpoint writer; all ranks gather it."""
         state = self.engine.state()
         if state is not None:
-            self.checkpoints.save(state, vars(self.position), lambda: ray.get(self.board.settle.remote()))
+            self.checkpoints.save(state, dict(vars(self.position)), self._settle)
+
+    def _settle(self) -> None:
+        """Let the driver deal with all that was told it, before a checkpoint appears that is ahead of it."""
+        if reason := ray.get(self.board.settle.remote()):
+            raise UserError(reason)
 
     def _starting_point(self, config: WorkerConfig) -> tuple[TrainState | None, Position]:
         """The newest whole checkpoint of the run, the one it starts from, or nothing; the same on every rank."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            found = [own[0].step if (own := self.checkpoints.latest()) else None]
+        own = self.checkpoints.latest() if self.rank == 0 else None
+        step = [own[0].step if own else None]
         if self.world_size > 1:
-            dist.broadcast_object_list(found, device=self.device)
-        if found[0] is not None:
-            state, memory = self.checkpoints.load(found[0])
+            dist.broadcast_object_list(step, device=self.device)
+        if step[0] is not None:
+            state, memory = own or self.checkpoints.load(step[0])
             position = Position(**memory)
             if position.data_plan != config.data_plan:
                 raise UserError(

@@ -60,7 +60,7 @@ def expert_grid(num_experts: int) -> tuple[int, int]:
 class ModelRecipe:
     """Which model to build: a preset by name, and fields to change in it (`None` keeps the preset's value).
 
-    The names are those of `DogeConfig` and `DogeMoeConfig`; the last four are for MoE presets only.
+    The names are those of `DogeConfig` and `DogeMoeConfig`; those about experts are for MoE presets only.
     """
 
     preset: str = "Doge-20M"
@@ -76,6 +76,7 @@ class ModelRecipe:
     num_expert_heads: int | None = None
     num_experts_per_tok: int | None = None
     expert_retrieval_size: int | None = None
+    initializer_range: float | None = None
 
     def build(self) -> DogeConfig:
         """The configuration: `DogeMoeConfig` for an MoE preset, `DogeConfig` for a dense one.
@@ -93,7 +94,10 @@ class ModelRecipe:
                         f"{name} needs an MoE preset ({', '.join(_MOE_SIZES)}), but {self.preset} is dense."
                     )
         for name, value in changes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if name == "initializer_range":
+                if not 0 < value < 1:
+                    raise UserError(f"initializer_range must be between 0 and 1, not {value!r}.")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
             setattr(config, name, value)
         check_config(config)

@@ -44,7 +44,7 @@ class Tracker:
         self._client = MlflowClient(self.uri)
         try:
             self.run_id = self._continued(run) or self._created(recipe, storage, run, name)
-            self._logged = {metric: self._last_step(metric) for metric in ("loss", "held_out_loss")}
+            self._logged: dict[str, int] = {}
         except MlflowException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"MLflow at {self.uri} does not answer ({reason}): check --tracking.uri.") from error
@@ -71,7 +71,9 @@ class Tracker:
         metrics = []
         for row in rows:
             first = next(key for key in row if key != "step")
-            if row["step"] <= self._logged.get(first, -1):
+            if first not in self._logged:
+                self._logged[first] = max((step for step, _ in self.history(first)), default=-1)
+            if row["step"] <= self._logged[first]:
                 continue
             self._logged[first] = int(row["step"])
             metrics += [Metric(k, float(v), now, int(row["step"])) for k, v in row.items() if k != "step"]
@@ -95,9 +97,6 @@ class Tracker:
         if self.uri.startswith("http"):
             return f"open {self.uri}"
         return f"mlflow ui --backend-store-uri {self.uri}"
-
-    def _last_step(self, metric: str) -> int:
-        return max((step for step, _ in self.history(metric)), default=-1)
 
     def _continued(self, run: Storage) -> str | None:
         from mlflow.exceptions import MlflowException

@@ -17,7 +17,12 @@ PUBLISHED = {
     "Doge-160M": (24_000, 768, 4e-3),
     "Doge-320M": (32_000, 1_024, 2e-3),
 }
-MOE = {"Doge-MoE-20M": "Doge-20M", "Doge-MoE-80M": "Doge-60M", "Doge-MoE-220M": "Doge-160M", "Doge-MoE-500M": "Doge-320M"}
+MOE = {
+    "Doge-MoE-20M": "Doge-20M",
+    "Doge-MoE-80M": "Doge-60M",
+    "Doge-MoE-220M": "Doge-160M",
+    "Doge-MoE-500M": "Doge-320M",
+}
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *MOE])
@@ -76,7 +81,11 @@ def test_parts_that_do_not_fit_together_are_refused(values, sentence):
 
 def test_a_run_goes_on_only_with_what_it_was_started_with():
     started = from_dict(Recipe, {})
-    longer = {"training": {"max_steps": 9000, "micro_batch_size": 2}, "scaling": {"num_workers": 5}, "engine": {"zero_stage": 3}}
+    longer = {
+        "training": {"max_steps": 9000, "micro_batch_size": 2},
+        "scaling": {"num_workers": 5},
+        "engine": {"zero_stage": 3},
+    }
     check_same_run(from_dict(Recipe, longer), started)
     for other in ({"optimizer": {"lr": 1}}, {"model": {"preset": "Doge-60M"}}, {"training": {"global_batch_size": 9}}):
         with pytest.raises(UserError, match=next(iter(flatten_keys(other)))):
@@ -117,7 +126,15 @@ def test_help_shows_examples_and_dry_run_starts_nothing(tmp_path):
     shown = subprocess.run([sys.executable, "jobs/pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0
     assert "ray job submit --working-dir . -- python jobs/pretrain.py" in shown.stdout
-    command = [sys.executable, "jobs/pretrain.py", "--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d")]
+    command = [
+        sys.executable,
+        "jobs/pretrain.py",
+        "--dry-run",
+        "--recipe",
+        "Doge-MoE-20M",
+        "--storage",
+        str(tmp_path / "d"),
+    ]
     planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "15.8M parameters" in planned.stdout
     assert not (tmp_path / "d").exists()

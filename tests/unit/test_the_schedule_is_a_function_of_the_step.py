@@ -20,7 +20,7 @@ def test_the_stable_phase_can_be_left_at_any_step():
 
 
 def test_impossible_phases_are_refused():
-    with pytest.raises(UserError, match="exceed training.max_steps"):
+    with pytest.raises(UserError, match="nor together exceed"):
         SchedulerRecipe(warmup_steps=60, decay_steps=60).check(100)
 
 
