@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from math import inf
 
 from data_pipelines.sources import DataRecipe
 from doge.configuration import ModelRecipe, num_parameters
@@ -53,13 +54,19 @@ class ScalingRecipe:
     num_cpus_per_worker: float = 1.0
     """What Ray reserves for a worker; without a GPU it computes on its share of the node's cores all the same."""
     max_failures: int = 8
-    """Times that the run may lose a worker and go on."""
+    """Times that the run may lose a worker and go on; -1 sets no limit."""
     address: str | None = None
     """Of a Ray cluster; by default the one this machine belongs to, or a new one of this machine alone."""
 
     def __post_init__(self):
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"scaling.num_workers must be at least 1, not {self.num_workers}.")
+        if not 0 <= self.num_cpus_per_worker < inf:
+            raise UserError(
+                f"scaling.num_cpus_per_worker must be finite and not negative, not {self.num_cpus_per_worker}."
+            )
+        if self.max_failures < -1:
+            raise UserError(f"scaling.max_failures must be at least -1 (no limit), not {self.max_failures}.")
 
 
 def _default_storage() -> str:
@@ -98,7 +105,7 @@ class Recipe:
         self.engine.check()
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.num_workers or 1)
-        if not self.name or "/" in self.name:
+        if self.name in ("", ".", "..") or "/" in self.name:
             raise UserError(f"name = {self.name!r} must be a plain name, since a directory is called by it.")
 
     def check_workers(self, num_workers: int) -> None:

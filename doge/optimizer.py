@@ -1,6 +1,7 @@
 """AdamW and the warmup-stable-decay learning rate."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -17,6 +18,17 @@ class OptimizerRecipe:
     """Decoupled decay of every matrix; norms, residual weights and the dynamic mask's ``A`` have none."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
+
+    def __post_init__(self):
+        for name, fits, rule in (
+            ("lr", 0 < self.lr < inf, "positive and finite"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1"),
+            ("eps", 0 < self.eps < inf, "positive and finite"),
+            ("weight_decay", 0 <= self.weight_decay < inf, "finite and not negative"),
+            ("max_grad_norm", self.max_grad_norm > 0, "positive"),
+        ):  # not-a-number fits nowhere
+            if not fits:
+                raise UserError(f"optimizer.{name} must be {rule}, not {getattr(self, name)}.")
 
     def build(self, model: torch.nn.Module) -> torch.optim.AdamW:
         """AdamW over the model's parameters in two groups, with and without weight decay."""

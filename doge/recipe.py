@@ -23,30 +23,46 @@ T = TypeVar("T")
 def read_recipe(cls: type[T], path: str | Path) -> T:
     """Read a YAML file into the dataclass tree ``cls``; keys that it leaves out keep their defaults.
 
-    A file that says ``base: other.yaml`` starts from the values of that file beside it.
+    A file that says ``base: other.yaml`` changes, key by key, the values of that file beside it. ``null`` for what is
+    a mapping there takes it out: ``data: {sources: {python-edu: null}}`` does without that source of the base.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named) or a type is wrong.
+        UserError: the file cannot be read or is no YAML mapping, its bases run in a circle, a key is unknown (the
+            nearest is named) or a type is wrong.
     """
     return from_dict(cls, _read_values(Path(path)), where=str(path))
 
 
-def _read_values(path: Path) -> Any:
+def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its base; ``children`` are the files that have this one as theirs."""
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"There is no recipe file {path}.") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"The recipe {path} cannot be read ({error.strerror}): give a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"The recipe {path} is not UTF-8 text: give a YAML file.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if isinstance(values, dict) and "base" in values:
-        return _merged(_read_values(path.parent / values.pop("base")), values)
-    return values
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not {values!r}.")
+    if "base" not in values:
+        return values
+    base, chain = values.pop("base"), (*children, path.resolve())
+    if not isinstance(base, str):
+        raise UserError(f"In {path}, base = {base!r} must be the name of a recipe file.")
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"In {path}, base: {base} leads back to a recipe that starts from this one: take it out.")
+    return _merged(_read_values(path.parent / base, chain), values)
 
 
 def _merged(base: Any, changes: Any) -> Any:
-    if isinstance(base, dict) and isinstance(changes, dict):
-        return base | {key: _merged(base.get(key), value) for key, value in changes.items()}
-    return changes
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    dropped = {key for key, value in changes.items() if value is None and isinstance(base.get(key), dict)}
+    merged = base | {key: _merged(base.get(key), value) for key, value in changes.items()}
+    return {key: value for key, value in merged.items() if key not in dropped}
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -> T:

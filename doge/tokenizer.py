@@ -53,7 +53,7 @@ class TokenizerRecipe:
     Args:
         path: a directory or hub id; ``None`` trains one on the recipe's own sources.
         vocab_size: ids of a trained tokenizer, special tokens included.
-        training_bytes: about how many bytes of text to train one on, split over the sources by their weights.
+        training_bytes: about how many bytes of text to train one on, as many from every source.
     """
 
     path: str | None = None
@@ -112,15 +112,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> "PreTraine
     )
 
 
-def load_tokenizer(path: str, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """Open the tokenizer in a directory or on the hub.
 
-    Args:
-        path: directory or hub id.
-        vocab_size: ids the model has; ``None`` skips the check.
-
     Raises:
-        UserError: it cannot be opened, is not a fast one, has no EOS, or has more ids than the model.
+        UserError: it cannot be opened, is not a fast one or has no EOS.
     """
     from transformers import AutoTokenizer
 
@@ -136,12 +132,16 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> "PreTrainedToken
         raise UserError(f"The tokenizer {path!r} has no tokenizer.json (a fast tokenizer is needed): choose another.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {path!r} has no eos_token: set one in its tokenizer_config.json.")
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise UserError(
-            f"The tokenizer {path!r} has {len(tokenizer)} ids but the model only {vocab_size}: "
-            f"set the model's vocab_size to at least {len(tokenizer)} or choose another tokenizer."
-        )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raise UserError if the tokenizer has more ids than a model of ``vocab_size``."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer):,} ids, more than the model's vocab_size {vocab_size:,}: "
+            f"set --model.vocab-size {len(tokenizer)} or choose another tokenizer."
+        )
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:

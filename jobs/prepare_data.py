@@ -43,9 +43,11 @@ def run(command: PrepareData) -> None:
     from data_pipelines.plan import make_plan
     from data_pipelines.prepare import Progress, prepare
     from doge.storage import Storage
+    from doge.tokenizer import check_vocabulary
 
     storage = Storage(recipe.storage)
     plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)
+    check_vocabulary(plan.open_tokenizer(storage), recipe.model.build().vocab_size)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in plan.files.items())
     console.table([("files", counts), ("tokenizer", storage.path(plan.tokenizer)), ("shards", storage.path("shards"))])
     live, told = sys.stdout.isatty(), time.monotonic()

@@ -1,10 +1,12 @@
 import errno
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
 from doge.engine import MOMENTS, TrainState, check_fits
@@ -66,6 +68,95 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(storage):
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert storage.read_bytes("a/file") == b"before"
     assert storage.names("a") == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_that_safetensors_meets_is_the_same_sentence(number, storage):
+    def fail(path):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    with pytest.raises(UserError, match="is full: free some space"):
+        storage.write("a/file", fail)
+
+
+def test_another_error_of_a_writer_stays_itself(storage):
+    def fail(path):
+        raise SafetensorError(f"Error while serializing: I/O error: File too large (os error {errno.EFBIG})")
+
+    with pytest.raises(SafetensorError, match="too large"):
+        storage.write("a/file", fail)
+
+
+def write_directory(storage: Storage, name: str, files: dict[str, str]) -> None:
+    def fill(path):
+        for file, content in files.items():
+            target = Path(path, file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content)
+
+    storage.write(name, fill)
+
+
+def test_a_directory_replaces_the_one_before_and_its_cached_copies(storage):
+    write_directory(storage, "a/folder", {"kept": "before", "gone": "x", "below/kept": "before"})
+    (storage / "a").local("folder/below/kept")
+    storage.local("a/folder/kept")
+    write_directory(storage, "a/folder", {"kept": "after", "below/kept": "after"})
+    assert storage.names("a") == ["folder"]
+    assert storage.names("a/folder") == ["below", "kept"]
+    assert Path(storage.local("a/folder/kept")).read_text() == "after"
+    assert Path((storage / "a/folder").local("below/kept")).read_text() == "after"
+    if storage.is_local:
+        assert os.listdir(storage.path("a")) == ["folder"]
+    storage.delete("a")
+    with pytest.raises(FileNotFoundError):
+        storage.local("a/folder/kept")
+
+
+def test_a_file_that_is_written_again_is_fetched_again(storage):
+    for content in (b"one", b"two"):
+        storage.write_bytes("a/file", content)
+        assert Path(storage.local("a/file")).read_bytes() == content
+
+
+def test_a_directory_that_cannot_be_replaced_is_still_there(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path))
+    write_directory(storage, "folder", {"file": "before"})
+
+    def fail(*_):
+        assert not Path(storage.path("folder")).exists()
+        raise OSError(errno.EIO, "no luck")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no luck"):
+        write_directory(storage, "folder", {"file": "after"})
+    assert storage.read_bytes("folder/file") == b"before"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_root_that_cannot_be_opened_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://bucket/doge cannot be opened .*: pip install s3fs on every machine"):
+        Storage("s3://bucket/doge")
+    with pytest.raises(UserError, match=r"nfs4://x cannot be opened .*: give a directory, or a URI"):
+        Storage("nfs4://x")
+
+
+def test_a_root_that_cannot_be_used_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        for act in (lambda at: at.write_bytes("a", b""), lambda at: at.read_bytes("a"), lambda at: at.delete("a")):
+            with pytest.raises(UserError, match=f"The storage {root} cannot be used"):
+                act(Storage(str(root)))
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), PermissionError("Forbidden")])
+def test_a_root_without_permission_is_one_sentence(error, storage):
+    def fail(path):
+        raise error
+
+    with pytest.raises(UserError, match=r"cannot be used .*: choose one that you may read and write"):
+        storage.write("a/file", fail)
 
 
 def test_the_newest_checkpoints_are_kept_and_read_back_exactly(storage):

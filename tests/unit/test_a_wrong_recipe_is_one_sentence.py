@@ -55,6 +55,15 @@ def test_every_recipe_survives_being_written_and_read():
         ({"training": {"max_steps": 0}}, "training.max_steps must be at least 1, not 0"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
         ({"training": [1]}, "training must hold keys and values"),
+        ({"optimizer": {"lr": 0}}, "optimizer.lr must be positive and finite, not 0.0"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr must be positive and finite, not nan"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr must be positive and finite, not inf"),
+        ({"optimizer": {"betas": [0.9, 1]}}, r"optimizer.betas must be at least 0 and below 1, not \(0.9, 1.0\)"),
+        ({"optimizer": {"eps": 0}}, "optimizer.eps must be positive"),
+        ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay must be finite and not negative, not -0.1"),
+        ({"optimizer": {"max_grad_norm": 0}}, "optimizer.max_grad_norm must be positive, not 0.0"),
+        ({"scaling": {"num_cpus_per_worker": -1}}, "scaling.num_cpus_per_worker must be finite and not negative"),
+        ({"scaling": {"max_failures": -2}}, r"scaling.max_failures must be at least -1 \(no limit\), not -2"),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_named(values, sentence):
@@ -72,6 +81,7 @@ def test_unknown_keys_and_wrong_types_are_named(values, sentence):
         ({"engine": {"zero_stage": 0, "precision": "bf16"}}, "zero-stage 1"),
         ({"lr_scheduler": {"warmup_steps": 9000}}, "nor together exceed"),
         ({"name": "a/b"}, "plain name"),
+        ({"name": ".."}, "plain name"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(values, sentence):
@@ -104,13 +114,48 @@ def test_a_base_recipe_is_merged_key_by_key(tmp_path):
     assert flatten(recipe)["training.max_steps"] == 4000
 
 
+def test_null_takes_a_mapping_of_the_base_out(tmp_path):
+    sources = "{web: {path: w, weight: 1}, code: {path: c, weight: 1}}"
+    (tmp_path / "base.yaml").write_text(f"data: {{sources: {sources}}}\ntokenizer: {{path: x}}\n")
+    (tmp_path / "child.yaml").write_text(
+        "base: base.yaml\ndata: {sources: {code: null, books: {path: b, weight: 2}}}\ntokenizer: {path: null}\n"
+    )
+    (tmp_path / "grandchild.yaml").write_text("base: child.yaml\ndata: {sources: {books: null}}\n")
+    (tmp_path / "wrong.yaml").write_text("base: base.yaml\ndata: {sources: {cod: null}}\n")
+    child = read_recipe(Recipe, tmp_path / "child.yaml")
+    assert (list(child.data.sources), child.tokenizer.path) == (["web", "books"], None)
+    assert list(read_recipe(Recipe, tmp_path / "grandchild.yaml").data.sources) == ["web"]
+    with pytest.raises(UserError, match=r"data\.sources\.cod must hold keys and values, not None"):
+        read_recipe(Recipe, tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"name: \xff\xfe", "is not UTF-8 text"),
+        (b"name: [", "is not valid YAML"),
+        (b"name: 2026-99-99", "is not valid YAML"),
+        (b"- 1", "must hold keys and values"),
+        (b"base: 3", "base = 3 must be the name of a recipe file"),
+        (b"base: .", "cannot be read .Is a directory."),
+        (b"base: recipe.yaml", "leads back to a recipe"),
+        (b"base: other.yaml", "leads back to a recipe"),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
+    with pytest.raises(UserError, match=sentence):
+        read_recipe(Recipe, tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--recipe", "Doge-20"], "There is no recipe Doge-20; the nearest is Doge-20M"),
         (["--recipe", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
         (["--optimizer.learning-rate", "1"], "There is no option --optimizer.learning-rate"),
-        (["--from", "/nowhere/step-1", "--training.max-steps", "200"], "There is no checkpoint at /nowhere/step-1"),
+        (["--from", "/nowhere/step-1"], "There is no checkpoint at /nowhere/step-1"),
     ],
 )
 def test_the_command_prints_one_sentence_and_fails(arguments, sentence, tmp_path):

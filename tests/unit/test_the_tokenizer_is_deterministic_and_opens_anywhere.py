@@ -8,7 +8,14 @@ from transformers import AutoTokenizer
 from data_pipelines import encoding
 from data_pipelines.encoding import tokenize
 from doge.errors import UserError
-from doge.tokenizer import SPECIAL_TOKENS, TokenizerRecipe, fingerprint, load_tokenizer, train_tokenizer
+from doge.tokenizer import (
+    SPECIAL_TOKENS,
+    TokenizerRecipe,
+    check_vocabulary,
+    fingerprint,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [f"The {word} of {number} is {number * 7}, isn't it?\n    return {word}" for number in range(200)
          for word in ("sum", "product", "naïve value", "größe")]  # fmt: skip
@@ -46,7 +53,7 @@ def test_numbers_split_into_at_most_three_digits(tokenizer):
 
 def test_what_is_saved_opens_with_auto_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    for opened in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path), 600)):
+    for opened in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
         assert opened(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
         assert opened.chat_template == tokenizer.chat_template
         assert opened.pad_token_id == 2
@@ -84,10 +91,11 @@ def test_special_tokens_in_plain_text_are_text(tokenizer):
     assert tokenizer.decode(ids[1:-1]) == "x<|end_of_text|>y"
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="only 100"):
-        load_tokenizer(str(tmp_path), 100)
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
+    ids = len(tokenizer)
+    check_vocabulary(tokenizer, ids)
+    with pytest.raises(UserError, match=rf"more than the model's vocab_size 100: set --model\.vocab-size {ids} or"):
+        check_vocabulary(tokenizer, 100)
 
 
 def test_an_unreachable_tokenizer_says_how_to_point_at_a_local_one(tmp_path):
