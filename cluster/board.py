@@ -22,6 +22,7 @@ class Board:
         self._posts: list[Post] = []
         self._handled = 0
         self._stopped: str | None = None
+        self._unrecorded: str | None = None
         self._progress = asyncio.Condition()
 
     async def post(self, kind: Kind, content: Any) -> None:
@@ -37,15 +38,20 @@ class Board:
         return self._posts[handled:]
 
     async def settle(self) -> str | None:
-        """Return once the driver has dealt with all that was posted before: None, or why the run was stopped."""
+        """Return once the driver has dealt with all that was posted before: None, or why it could not record it."""
         posted = len(self._posts)
         async with self._progress:
             await self._progress.wait_for(lambda: self._handled >= posted)
-        return self._stopped
+        return self._unrecorded
 
-    async def stop(self, reason: str) -> None:
-        """End the run for good: no restart of the workers goes on. The first reason stays."""
+    async def stop(self, reason: str, unrecorded: bool = False) -> None:
+        """End the run for good: no restart of the workers goes on. The first reason stays.
+
+        ``unrecorded`` says that the driver cannot record any more, so that nothing may be committed either.
+        """
         self._stopped = self._stopped or reason
+        if unrecorded:
+            self._unrecorded = self._unrecorded or reason
 
     async def stopped(self) -> str | None:
         return self._stopped

@@ -49,10 +49,10 @@ def resolve_workers(scaling: ScalingRecipe) -> tuple[int, bool]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     use_gpu = gpus > 0 if scaling.use_gpu is None else scaling.use_gpu
-    num_workers = scaling.num_workers or (gpus if use_gpu else 1)
+    num_workers = scaling.num_workers or max(1, gpus if use_gpu else 1)
     if use_gpu and num_workers > gpus:
         raise UserError(
-            f"{max(num_workers, 1)} workers with a GPU each were asked for, but the cluster has {gpus} GPUs: "
+            f"{num_workers} workers with a GPU each were asked for, but the cluster has {gpus} GPUs: "
             "lower --scaling.num-workers, or use --scaling.use-gpu False."
         )
     if num_workers * scaling.num_cpus_per_worker > cpus:
@@ -60,4 +60,4 @@ def resolve_workers(scaling: ScalingRecipe) -> tuple[int, bool]:
             f"{num_workers} workers need {num_workers * scaling.num_cpus_per_worker:g} CPUs, but the cluster has "
             f"{cpus:g}: lower --scaling.num-workers or --scaling.num-cpus-per-worker."
         )
-    return max(num_workers, 1), use_gpu
+    return num_workers, use_gpu

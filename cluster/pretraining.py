@@ -1,9 +1,9 @@
 """A pretraining run as its driver sees it: prepare the data beside it, run the workers, record, report."""
 
 import json
+import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from cluster.connection import connect, resolve_workers
 from cluster.console import Console
 from cluster.recipe import Recipe, check_same_run
 from cluster.summary import Summary, summarise
+from doge.configuration import check_same_function
 from doge.errors import UserError
 from doge.recipe import flatten, from_dict, to_yaml
 from doge.storage import Storage
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from data_pipelines.plan import Plan
 
 POLL_SECONDS = 0.25
+WAIT_MESSAGE_SECONDS = 60
+# A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
+# for them again, page by page: a fifth of a CPU step. These keep them.
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+}
 
 
 def pretrain(recipe: Recipe, start_from: str | None = None) -> Summary:
@@ -51,6 +60,7 @@ class Run:
         self.storage = Storage(recipe.storage)
         self.directory = self.storage / f"runs/{recipe.name}"
         self.console = Console(recipe.training.max_steps, recipe.training.logging_steps)
+        self._start: dict[str, Any] | None = None  # what the checkpoint to start from remembers
 
     def finished(self) -> Summary | None:
         """The summary of this very run, if it has been finished before."""
@@ -73,17 +83,16 @@ class Run:
         console.say(f"Pretraining {recipe.name}")
         console.table(recipe.plan())
         self._check_start()
-        with ThreadPoolExecutor() as pool:  # each takes seconds, and waits for nothing of the others
-            planned = pool.submit(self._plan_data)
-            tracked = pool.submit(Tracker, recipe.tracking, self.storage, self.directory, recipe.name)
-            connect(recipe.scaling)
-            num_workers, use_gpu = resolve_workers(recipe.scaling)
-            recipe.check_workers(num_workers)
-            plan, tracker = planned.result(), tracked.result()
-        self.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
-        tracker.log_params(flatten(recipe))
+        connect(recipe.scaling)
+        num_workers, use_gpu = resolve_workers(recipe.scaling)
+        recipe.check_workers(num_workers)
+        plan = self._plan_data()
+        tracker = Tracker(recipe.tracking, self.storage, self.directory, recipe.name)
         status = "FAILED"
         try:
+            tracker.log_params(flatten(recipe))
+            self.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
+            self.directory.write_bytes("data_plan", plan.fingerprint.encode())
             self._train(plan, tracker, num_workers, use_gpu)
             summary = summarise(recipe, plan, self.storage, self.directory, tracker, console)
             status = "FINISHED"
@@ -95,15 +104,23 @@ class Run:
         return summary
 
     def _plan_data(self) -> "Plan":
-        """List the data and make the tokenizer, which must fit the model."""
-        from data_pipelines.plan import make_plan
+        """List the data and make the tokenizer, which must fit the model; a run that goes on keeps its plan."""
+        from data_pipelines.plan import load_plan, make_plan
+        from doge.tokenizer import check_vocabulary
 
-        plan = make_plan(self.recipe.data, self.recipe.tokenizer, self.storage, self.console.say)
-        vocabulary, room = len(plan.open_tokenizer(self.storage)), self.recipe.model.build().vocab_size
-        if vocabulary > room:
+        recipe, started = self.recipe, self._started_recipe()
+        if started and (started.data, started.tokenizer) == (recipe.data, recipe.tokenizer):
+            with suppress(FileNotFoundError):
+                return load_plan(self.storage, self.directory.read_bytes("data_plan").decode())
+        plan = make_plan(recipe.data, recipe.tokenizer, self.storage, self.console.say)
+        check_vocabulary(plan.open_tokenizer(self.storage), recipe.model.build().vocab_size)
+        if self._start and (used := self._start["position"]["tokenizer"]) != plan.tokenizer_fingerprint:
+            names = (n for n in self.storage.names("tokenizers") if n.endswith(".sha256"))
+            same = [n for n in names if self.storage.read_bytes(f"tokenizers/{n}").decode() == used]
+            path = self.storage.path(f"tokenizers/{same[0].removesuffix('.sha256')}") if same else "DIRECTORY"
             raise UserError(
-                f"The tokenizer has {vocabulary:,} ids, more than the model's vocab_size {room:,}: "
-                f"set --model.vocab-size {vocabulary} or choose another tokenizer."
+                f"{self.start_from} was trained with another tokenizer, by which its weights read: "
+                f"set --tokenizer.path {path}."
             )
         return plan
 
@@ -129,9 +146,11 @@ class Run:
                 name=f"{self.recipe.name}-{int(time.time())}",
                 storage_path=self.storage.path("ray_train"),
                 failure_config=FailureConfig(max_failures=self.recipe.scaling.max_failures),
+                worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
             ),
         )
         failure: Exception | None = None
+        interrupt = signal.getsignal(signal.SIGINT)
         with recorder:
             preparation.start()
             try:
@@ -141,9 +160,10 @@ class Run:
             except SystemExit:  # how Ray Train ends an interrupted run
                 raise KeyboardInterrupt from None
             finally:
+                signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own handler behind
                 reason = ray.get(board.stopped.remote())
                 recorder.over = True
-            preparation.join()
+            preparation.join(timeout=10)  # all that training needed is there
         if reason:
             raise UserError(reason)
         if failure is not None:
@@ -185,17 +205,23 @@ class Run:
             return None
 
     def _check_start(self) -> None:
-        """Refuse a checkpoint to start from that is missing, or of another model, before anything starts."""
-        if self.start_from is None:
-            return
+        """Refuse, before anything starts, to go on or to begin from where this recipe cannot."""
         from doge.checkpoint import Checkpoints, load_checkpoint
         from doge.engine import check_fits
         from doge.modeling import build_model
 
-        if Checkpoints(self.directory / "checkpoints").steps():
+        if steps := Checkpoints(self.directory / "checkpoints").steps():
+            if steps[-1] > self.recipe.training.max_steps:
+                raise UserError(
+                    f"The run {self.recipe.name} is at step {steps[-1]:,} already, beyond training.max_steps "
+                    f"({self.recipe.training.max_steps:,}): raise it, or choose another --name."
+                )
             return  # the run has begun: its own checkpoints count
-        state, _ = load_checkpoint(Storage(self.start_from))
+        if self.start_from is None:
+            return
+        state, self._start = load_checkpoint(Storage(self.start_from))
         check_fits(state, build_model(self.recipe.model.build()))
+        check_same_function(self.recipe.model, from_dict(Recipe, self._start["recipe"]).model)
         training, schedule = self.recipe.training, self.recipe.lr_scheduler
         if state.step >= training.max_steps:
             raise UserError(
@@ -229,15 +255,19 @@ class Recorder:
     def _work(self) -> None:
         import ray
 
-        handled, last = 0, False
+        handled, last, started, told = 0, False, time.monotonic(), False
         while not last:
             last = self._done.wait(POLL_SECONDS)
+            if not (handled or told) and time.monotonic() - started > WAIT_MESSAGE_SECONDS:
+                told = True
+                self._console.say("Waiting for the cluster to have room for the workers, and for them to start.")
             posts = ray.get(self._board.take.remote(handled))
             try:
                 self._handle(posts)
             except Exception as error:  # the run must not train on unrecorded, nor wait for a recorder that is gone
                 reason = str(error) if isinstance(error, UserError) else f"Recording the run failed: {error!r}."
-                ray.get(self._board.stop.remote(reason))
+                ray.get(self._board.stop.remote(reason, unrecorded=True))
+                self._handle = lambda posts: None  # what follows a gap must not be recorded
             handled += len(posts)
         ray.get(self._board.take.remote(handled))
 

@@ -61,7 +61,8 @@ def summarise(
     from doge.plots import plot_losses
 
     console.say("Exporting the model and counting the baselines.")
-    state, position = Checkpoints(directory / "checkpoints").latest()
+    state, memory = Checkpoints(directory / "checkpoints").latest()
+    position = memory["position"]
     tokenizer = plan.open_tokenizer(storage)
     model = export_model(state, recipe.model.build(), tokenizer, directory, "model")
     samples = list(zip(_PROMPTS, generate_samples(model, tokenizer, _PROMPTS), strict=True))
@@ -71,7 +72,7 @@ def summarise(
         name=recipe.name,
         step=state.step,
         tokens_seen=position["tokens_seen"],
-        held_out_loss=losses[-1][1] if losses else None,
+        held_out_loss=dict(losses).get(state.step),
         unigram_loss=unigram,
         bigram_loss=bigram,
         baseline_tokens=counted,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from doge.errors import UserError
 from doge.experts import pop_expert_usage, track_expert_usage
 from doge.hardware import device_name, peak_memory_bytes, peak_tflops, use_cores
 from doge.modeling import build_model
+from doge.recipe import to_dict
 from doge.storage import Storage
 
 
@@ -43,9 +44,17 @@ class WorkerConfig:
 
 @dataclass
 class Position:
-    """Where a run stands in its data: the whole resume state of the data is ``next_sequence``."""
+    """Where a run stands in its data: the whole resume state of the data is ``next_sequence``.
+
+    Args:
+        data_plan: fingerprint of the data's plan.
+        tokenizer: fingerprint of the tokenizer, without which the weights mean nothing.
+        next_sequence: number of the first sequence of the next step.
+        tokens_seen: all that was trained on.
+    """
 
     data_plan: str
+    tokenizer: str
     next_sequence: int = 0
     tokens_seen: int = 0
 
@@ -97,14 +106,15 @@ class Worker:
         batches = self.reader.prefetch(self._own_ranges(training.max_steps - first))
         ended = time.perf_counter()
         for step in range(first, training.max_steps):
+            asked = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - ended
+            waited = time.perf_counter() - asked
             factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
             result = self.engine.step(self._tensors(batch), factor)
-            if not math.isfinite(result.loss):
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise UserError(
-                    f"The loss became {result.loss} in step {step + 1}; the last checkpoint is from "
-                    "before: go on from there with a lower --optimizer.lr under another --name."
+                    f"In step {step + 1} the loss was {result.loss} and the gradient norm {result.grad_norm}; the last "
+                    "checkpoint is from before: go on from there with a lower --optimizer.lr under another --name."
                 )
             first_sequence = self.position.next_sequence
             self.position.next_sequence += training.global_batch_size
@@ -115,6 +125,7 @@ class Worker:
             if self.rank == 0:
                 self._tell_step(result, factor, time.perf_counter() - ended, waited)
             ended = time.perf_counter()
+            self.checkpoints.check()
             done = step + 1 == training.max_steps
             if done or (step + 1) % training.eval_steps == 0:
                 self.evaluate()
@@ -142,7 +153,8 @@ class Worker:
         """Hand a copy of the state to the checkpoint writer; all ranks gather it."""
         state = self.engine.state()
         if state is not None:
-            self.checkpoints.save(state, dict(vars(self.position)), self._settle)
+            memory = {"position": asdict(self.position), "recipe": to_dict(self.recipe)}
+            self.checkpoints.save(state, memory, self._settle)
 
     def _settle(self) -> None:
         """Let the driver deal with all that was told it, before a checkpoint appears that is ahead of it."""
@@ -157,7 +169,7 @@ class Worker:
             dist.broadcast_object_list(step, device=self.device)
         if step[0] is not None:
             state, memory = own or self.checkpoints.load(step[0])
-            position = Position(**memory)
+            position = Position(**memory["position"])
             if position.data_plan != config.data_plan:
                 raise UserError(
                     f"The data of the run {self.recipe.name} is not what it was when it started (recipe, files or "
@@ -165,9 +177,9 @@ class Worker:
                 )
             return state, position
         if config.start_from is None:
-            return None, Position(config.data_plan)
+            return None, Position(config.data_plan, self.reader.plan.tokenizer_fingerprint)
         state, memory = load_checkpoint(Storage(config.start_from))
-        position = Position(**memory)
+        position = Position(**memory["position"])
         if position.data_plan != config.data_plan:  # other data is read from its own beginning
             position.data_plan, position.next_sequence = config.data_plan, 0
         return state, position

@@ -47,6 +47,11 @@ class Checkpoints:
         self.wait()
         self._pending = self._writer.submit(self._write, state, memory, before_commit)
 
+    def check(self) -> None:
+        """Raise now what a write that has ended raised."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         """Return once nothing is being written. Raises what the write raised, UserError on a full disk."""
         pending, self._pending = self._pending, None

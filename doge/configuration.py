@@ -180,6 +180,21 @@ def check_config(config: DogeConfig) -> None:
         )
 
 
+# They change what a model starts from, or which sequences it takes, and not what it computes within its window.
+_FREE_IN_CONTINUATION = {"preset", "initializer_range", "max_position_embeddings", "keep_window_size"}
+
+
+def check_same_function(recipe: ModelRecipe, trained: ModelRecipe) -> None:
+    """Raise UserError if weights of `trained` would compute something else in a model of `recipe`."""
+    wanted, found = recipe.build().to_dict(), trained.build().to_dict()
+    for name in sorted((wanted.keys() | found.keys()) - _FREE_IN_CONTINUATION):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"The checkpoint is of another model: its {name} is {found.get(name)}, not "
+                f"{wanted.get(name)}; choose the recipe's model to match."
+            )
+
+
 def head_dim(config: DogeConfig) -> int:
     """Width of one attention head (transformers lets a config carry its own `head_dim`)."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,28 +36,25 @@ class Tracker:
     def __init__(self, recipe: TrackingRecipe, storage: Storage, run: Storage, name: str):
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         self.uri = recipe.uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(storage)
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(self.uri)
-        try:
+        self._logged: dict[str, int] = {}  # the newest step of each row's first metric
+        with self._answering():
+            self._client = MlflowClient(self.uri)
             self.run_id = self._continued(run) or self._created(recipe, storage, run, name)
-            self._logged: dict[str, int] = {}
-        except MlflowException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"MLflow at {self.uri} does not answer ({reason}): check --tracking.uri.") from error
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what the run does not know yet; MLflow refuses changes of what it does."""
         from mlflow.entities import Param
 
-        known = self._client.get_run(self.run_id).data.params
-        new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in known]
-        for start in range(0, len(new), 100):
-            self._client.log_batch(self.run_id, params=new[start : start + 100])
+        with self._answering():
+            known = self._client.get_run(self.run_id).data.params
+            new = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in known]
+            for start in range(0, len(new), 100):
+                self._client.log_batch(self.run_id, params=new[start : start + 100])
 
     def log_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Log rows that each hold ``step``; a row whose first metric that step already has is left out.
@@ -68,28 +66,33 @@ class Tracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = []
+        metrics, logged = [], {}
         for row in rows:
             first = next(key for key in row if key != "step")
             if first not in self._logged:
                 self._logged[first] = max((step for step, _ in self.history(first)), default=-1)
-            if row["step"] <= self._logged[first]:
+            if row["step"] <= logged.get(first, self._logged[first]):
                 continue
-            self._logged[first] = int(row["step"])
+            logged[first] = int(row["step"])
             metrics += [Metric(k, float(v), now, int(row["step"])) for k, v in row.items() if k != "step"]
         for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            with self._answering():
+                self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        self._logged |= logged
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """All ``(step, value)`` of a metric in the order of steps."""
-        return sorted((m.step, m.value) for m in self._client.get_metric_history(self.run_id, metric))
+        with self._answering():
+            return sorted((m.step, m.value) for m in self._client.get_metric_history(self.run_id, metric))
 
     def log_artifact(self, path: str | Path) -> None:
-        self._client.log_artifact(self.run_id, str(path))
+        with self._answering():
+            self._client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: str) -> None:
-        """``FINISHED``, ``FAILED`` or ``KILLED``."""
-        self._client.set_terminated(self.run_id, status)
+        """``FINISHED``, ``FAILED`` or ``KILLED``; a server that has gone away is not worth an error any more."""
+        with suppress(UserError), self._answering():
+            self._client.set_terminated(self.run_id, status)
 
     @property
     def show_command(self) -> str:
@@ -97,6 +100,17 @@ class Tracker:
         if self.uri.startswith("http"):
             return f"open {self.uri}"
         return f"mlflow ui --backend-store-uri {self.uri}"
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turn MLflow's errors into one sentence; every kind of store raises its own."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"MLflow at {self.uri} does not answer ({reason}): check --tracking.uri.") from error
 
     def _continued(self, run: Storage) -> str | None:
         from mlflow.exceptions import MlflowException

@@ -46,7 +46,7 @@ def test_one_two_and_three_workers_have_the_same_losses(runs):
         assert sorted(found) == [20, 40, 50]
 
 
-def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_factory):
+def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_factory, capsys):
     """SIGKILL in the middle, between two checkpoints: the run ends by itself, equal to the last digit."""
     recipe = small_recipe(tmp_path_factory.mktemp("killed"), texts)
     killed = []
@@ -60,10 +60,13 @@ def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_fact
         killed.append(victim.pid)
 
     os.makedirs(f"{recipe.storage}/runs/small/samples")
-    killer = threading.Thread(target=kill_at, args=(23,), daemon=True)
+    killer = threading.Thread(target=kill_at, args=(12,), daemon=True)
     killer.start()
     pretrain(recipe)
     assert killed
+    said = capsys.readouterr().out
+    assert "2 workers on CPU (1 threads), float32, from step 0." in said
+    assert "2 workers on CPU (1 threads), float32, from step 10." in said  # or the worker died too late to matter
     assert losses(recipe) == losses(runs[2][0])
     assert losses(recipe, "held_out_loss") == losses(runs[2][0], "held_out_loss")
     assert samples(recipe) == samples(runs[2][0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import losses, samples, small_recipe
 
-from cluster.pretraining import pretrain
+from cluster.pretraining import Run, pretrain
 from doge.errors import UserError
 from doge.recipe import to_yaml
 
@@ -73,6 +73,20 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(undistu
     assert not list(Path(tmp_path).glob("plans/*"))
 
 
+def test_other_data_needs_the_tokenizer_that_the_weights_read_by(undisturbed, texts, tmp_path):
+    recipe = undisturbed[0]
+    checkpoint = f"{recipe.storage}/runs/small/checkpoints/step-00000030"
+    fewer = small_recipe(recipe.storage, {"code": texts["code"]}, name="other", training={"max_steps": 60})
+    with pytest.raises(UserError, match=r"another tokenizer, .*: set --tokenizer.path .*/tokenizers/trained-"):
+        pretrain(fewer, start_from=checkpoint)
+
+
+def test_a_run_does_not_go_back(undisturbed, texts):
+    shorter = small_recipe(undisturbed[0].storage, texts, training={"max_steps": 25})
+    with pytest.raises(UserError, match="is at step 30 already"):
+        Run(shorter, None).execute()
+
+
 def test_more_workers_than_the_cluster_can_hold_are_refused(ray_cluster, texts, tmp_path):
     with pytest.raises(UserError, match="5 workers need 5 CPUs, but the cluster has 4"):
         pretrain(small_recipe(tmp_path, texts, scaling={"num_workers": 5}))
@@ -85,7 +99,10 @@ def test_an_empty_source_file_ends_the_run_with_its_name(ray_cluster, texts, tmp
 
 
 def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
-    recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER | {"training": {"max_steps": 20}})
+    """With experts, bf16, ZeRO 2 and two workers, which nothing else runs end to end."""
+    moe = {"preset": "Doge-MoE-20M", "num_experts": 32, "expert_retrieval_size": 16}
+    engine = {"zero_stage": 2, "precision": "bf16"}
+    recipe = small_recipe(tmp_path / "home", texts, model=moe, engine=engine, training={"max_steps": 20})
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
     entry = ["--working-dir", ".", "--", sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
@@ -94,4 +111,7 @@ def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     assert "succeeded" in result.stdout
     assert "held-out loss" in result.stdout
     assert sorted(losses(recipe)) == list(range(1, 21))
+    assert losses(recipe)[20] < losses(recipe)[1]
+    assert sorted(losses(recipe, "experts/usage")) == [10, 20]
+    assert 0 < losses(recipe, "experts/usage")[20] <= 1
     assert "\x1b" not in result.stdout.split("Pretraining small")[1].split("MLflow")[0]  # plain lines in a job's log

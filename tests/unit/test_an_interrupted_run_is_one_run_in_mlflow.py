@@ -1,0 +1,53 @@
+import pytest
+
+from doge.errors import UserError
+from doge.storage import Storage
+from doge.tracking import Tracker, TrackingRecipe
+
+
+@pytest.fixture
+def track(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = Storage(str(tmp_path))
+    return lambda **recipe: Tracker(TrackingRecipe(**recipe), root, root / "runs/small", "small")
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_without_repeating_a_step(track):
+    first = track()
+    first.log_params({"optimizer.lr": 0.1, "model.preset": "Doge-20M"})
+    first.log_metrics([{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in range(1, 21)])
+    first.finish("FAILED")
+
+    again = track()
+    assert again.run_id == first.run_id
+    again.log_params({"optimizer.lr": 0.1, "scaling.num_workers": 2})
+    again.log_metrics([{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in range(11, 31)])
+    again.log_metrics([{"step": 30, "held_out_loss": 2.0}, {"step": 30, "loss": 9.0}])
+    assert again.history("loss") == [(step, 1 / step) for step in range(1, 31)]
+    assert again.history("learning_rate") == [(step, 0.1) for step in range(1, 31)]
+    assert again.history("held_out_loss") == [(30, 2.0)]
+    again.finish("FINISHED")
+
+    from mlflow.tracking import MlflowClient
+
+    run = MlflowClient(again.uri).get_run(again.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"optimizer.lr": "0.1", "model.preset": "Doge-20M", "scaling.num_workers": "2"}
+
+
+def test_artifacts_lie_beside_the_runs(track, tmp_path):
+    (tmp_path / "loss.png").write_bytes(b"png")
+    track().log_artifact(tmp_path / "loss.png")
+    assert len(list((tmp_path / "mlflow-artifacts").rglob("loss.png"))) == 1
+
+
+def test_a_store_that_does_not_answer_is_one_sentence(track, tmp_path):
+    (tmp_path / "taken").write_text("not a database")
+    with pytest.raises(UserError, match=r"does not answer .* check --tracking\.uri"):
+        track(uri=f"sqlite:///{tmp_path}/taken")
+
+
+def test_the_environment_names_the_store(track, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere/other.db")
+    assert track().uri.endswith("elsewhere/other.db")
+    assert (tmp_path / "elsewhere/other.db").exists()
