@@ -1,6 +1,9 @@
 # The two commands of the README. Both set themselves up in .venv; a second call installs nothing.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first interpreter that runs (a version manager's stand-in may not) and is 3.11 or 3.12.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$python && break; done)
 VENV := .venv
 # Set up anew when the lock or the declared packages change.
 INSTALLED := $(VENV)/.installed
@@ -17,8 +20,7 @@ test: $(INSTALLED)  ## lint and every test
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-		|| { echo "Python 3.11 or 3.12 is needed: name one with make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: name one with make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
