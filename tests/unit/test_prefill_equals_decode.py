@@ -25,12 +25,15 @@ def test_pieces_give_the_full_forward(moe, window, sizes):
 
 
 @PIECES
-def test_pieces_give_the_full_forward_in_bfloat16(sizes):
-    model = tiny_model(dtype=torch.bfloat16)
-    input_ids = tokens(2, 50)
-    torch.testing.assert_close(
-        logits_in_pieces(model, input_ids, sizes), logits_of(model, input_ids), atol=6e-2, rtol=0
-    )
+@pytest.mark.parametrize("window", [2048, 16])
+@pytest.mark.parametrize("moe", [False, True])
+def test_pieces_in_bfloat16_differ_by_its_rounding_alone(moe, window, sizes):
+    """Rounding may tip a near-tie between experts or keys, so the bar is what rounding does to the full forward."""
+    model, input_ids = tiny_model(moe, window, dtype=torch.bfloat16), tokens(2, 50)
+    full, pieces = logits_of(model, input_ids), logits_in_pieces(model, input_ids, sizes)
+    rounding = (full - logits_of(model.float(), input_ids)).abs()
+    assert (pieces - full).abs().mean() <= rounding.mean()
+    assert rounding.mean() < 0.05 * full.std()
 
 
 def test_ties_for_the_window_are_settled_alike():
