@@ -16,9 +16,9 @@ class Console:
         logging_steps: steps between two lines where the output is no terminal.
     """
 
-    def __init__(self, max_steps: int, logging_steps: int, output: TextIO = sys.stdout):
-        self._max_steps, self._logging_steps, self._output = max_steps, logging_steps, output
-        self._live = output.isatty()
+    def __init__(self, max_steps: int, logging_steps: int, output: TextIO | None = None):
+        self._max_steps, self._logging_steps, self._output = max_steps, logging_steps, output or sys.stdout
+        self._live = self._output.isatty()
         self._line = ""
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._last: tuple[int, float] | None = None

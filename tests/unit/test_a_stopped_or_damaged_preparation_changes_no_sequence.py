@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -59,24 +58,6 @@ def complete(recipe, tmp_path_factory):
     plan = make_plan(recipe, TOKENIZER, storage)
     make_everything(plan, storage)
     return storage, plan, Reader(storage, plan.fingerprint).read(0, SEQUENCES)
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="doge-ray-")
-    root = str(Path(__file__).parents[2])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        _temp_dir=folder,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_everything(plan, storage):
@@ -350,7 +331,7 @@ def test_shards_are_read_through_the_cache_of_a_remote_root(complete, tmp_path):
     try:
         reader = Reader(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
         same(reader.read(0, SEQUENCES), complete[2])
-        damaged = next(path for path in tmp_path.iterdir() if path.stat().st_size > 1000)
+        damaged = next(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000)
         damage(damaged, "truncated")
         again = Reader(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
         same(again.read(0, SEQUENCES), complete[2])
