@@ -104,11 +104,11 @@ class Run:
         return summary
 
     def _plan_data(self) -> "Plan":
-        """List the data and make the tokenizer, which must fit the model; a run that goes on keeps its plan."""
+        """List the data and make the tokenizer, which must fit the model; a run with a checkpoint keeps its plan."""
         from data_pipelines.plan import load_plan, make_plan
         from doge.tokenizer import check_vocabulary
 
-        recipe, started = self.recipe, self._started_recipe()
+        recipe, started = self.recipe, self._started_recipe() if self._steps() else None
         if started and (started.data, started.tokenizer) == (recipe.data, recipe.tokenizer):
             with suppress(FileNotFoundError):
                 return load_plan(self.storage, self.directory.read_bytes("data_plan").decode())
@@ -196,6 +196,12 @@ class Run:
             reason = str(error) if isinstance(error, UserError) else f"Preparing the data failed: {error!r}."
             ray.get(board.stop.remote(reason))
 
+    def _steps(self) -> list[int]:
+        """Steps of the run's checkpoints."""
+        from doge.checkpoint import Checkpoints
+
+        return Checkpoints(self.directory / "checkpoints").steps()
+
     def _started_recipe(self) -> Recipe | None:
         import yaml
 
@@ -206,11 +212,7 @@ class Run:
 
     def _check_start(self) -> None:
         """Refuse, before anything starts, to go on or to begin from where this recipe cannot."""
-        from doge.checkpoint import Checkpoints, load_checkpoint
-        from doge.engine import check_fits
-        from doge.modeling import build_model
-
-        if steps := Checkpoints(self.directory / "checkpoints").steps():
+        if steps := self._steps():
             if steps[-1] > self.recipe.training.max_steps:
                 raise UserError(
                     f"The run {self.recipe.name} is at step {steps[-1]:,} already, beyond training.max_steps "
@@ -219,6 +221,10 @@ class Run:
             return  # the run has begun: its own checkpoints count
         if self.start_from is None:
             return
+        from doge.checkpoint import load_checkpoint
+        from doge.engine import check_fits
+        from doge.modeling import build_model
+
         state, self._start = load_checkpoint(Storage(self.start_from))
         check_fits(state, build_model(self.recipe.model.build()))
         check_same_function(self.recipe.model, from_dict(Recipe, self._start["recipe"]).model)
