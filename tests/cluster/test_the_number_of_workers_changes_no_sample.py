@@ -1,6 +1,7 @@
 """Promises 1, 6 and 7 end to end, through Ray Train and DeepSpeed in real processes."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -64,9 +65,9 @@ def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_fact
     killer.start()
     pretrain(recipe)
     assert killed
-    said = capsys.readouterr().out
-    assert "2 workers on CPU (1 threads), float32, from step 0." in said
-    assert "2 workers on CPU (1 threads), float32, from step 10." in said  # or the worker died too late to matter
+    starts = re.findall(r"2 workers on .*, from step (\d+)\.", capsys.readouterr().out)
+    assert starts[0] == "0"
+    assert starts[1:] in (["10"], ["20"], ["30"], ["40"])  # it did start again, or the worker died too late to matter
     assert losses(recipe) == losses(runs[2][0])
     assert losses(recipe, "held_out_loss") == losses(runs[2][0], "held_out_loss")
     assert samples(recipe) == samples(runs[2][0])
