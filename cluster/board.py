@@ -5,9 +5,12 @@ the driver (logged, written), so that a checkpoint never gets ahead of its own r
 """
 
 import asyncio
+import time
 from typing import Any, Literal, NamedTuple
 
-Kind = Literal["membership", "step", "evaluation", "samples", "experts", "message"]
+Kind = Literal[
+    "joined", "left", "membership", "member", "step", "evaluation", "samples", "experts", "ledger", "message"
+]
 
 
 class Post(NamedTuple):
@@ -55,6 +58,10 @@ class Board:
 
     async def stopped(self) -> str | None:
         return self._stopped
+
+    async def now(self) -> float:
+        """The driver's node's monotonic clock, by which every host's is read."""
+        return time.monotonic()
 
 
 def open_board():

@@ -3,9 +3,13 @@
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.recipe import ScalingRecipe
 from doge.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.scaling import Seats
 
 
 def connect(scaling: ScalingRecipe) -> None:
@@ -42,22 +46,28 @@ def _has_token() -> bool:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists()
 
 
-def resolve_workers(scaling: ScalingRecipe) -> tuple[int, bool]:
-    """Number of workers, and whether each gets a GPU. Raises UserError if the cluster cannot hold them."""
+def resolve_seats(scaling: ScalingRecipe) -> tuple["Seats", bool]:
+    """The seats to ask for, and whether each has a GPU.
+
+    Raises UserError if the cluster cannot hold the smallest number of workers and the recipe does not wait.
+    """
     import ray
 
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
-    use_gpu = gpus > 0 if scaling.use_gpu is None else scaling.use_gpu
-    num_workers = scaling.num_workers or max(1, gpus if use_gpu else 1)
-    if use_gpu and num_workers > gpus:
+    from cluster.scaling import Seats, describe_cluster, possible_workers
+
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if scaling.use_gpu is None else scaling.use_gpu
+    resources = {"CPU": scaling.num_cpus_per_worker} | ({"GPU": 1} if use_gpu else {}) | scaling.resources_per_worker
+    seats = Seats(
+        resources=resources,
+        min_workers=scaling.min_workers,
+        max_workers=scaling.max_workers,
+        wait_timeout_s=scaling.wait_timeout_s,
+        one_per_node=scaling.num_workers is None and not use_gpu,
+    )
+    room = possible_workers(seats)
+    if room < scaling.min_workers and scaling.wait_timeout_s == 0:
         raise UserError(
-            f"{num_workers} workers with a GPU each were asked for, but the cluster has {gpus} GPUs: "
-            "lower --scaling.num-workers, or use --scaling.use-gpu False."
+            f"{scaling.min_workers} workers were asked for, but {describe_cluster()}, with room for {room}: lower "
+            "--scaling.num-workers, or set --scaling.wait-timeout-s to wait for more."
         )
-    if num_workers * scaling.num_cpus_per_worker > cpus:
-        raise UserError(
-            f"{num_workers} workers need {num_workers * scaling.num_cpus_per_worker:g} CPUs, but the cluster has "
-            f"{cpus:g}: lower --scaling.num-workers or --scaling.num-cpus-per-worker."
-        )
-    return num_workers, use_gpu
+    return seats, use_gpu

@@ -1,45 +1,37 @@
-"""What one worker does: enter the group, take up the run's state, and step until the run ends or the group changes."""
+"""What a host does in a membership: join the group, take up the run's state, and step until the membership ends."""
 
+import gc
 import math
+import socket
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import ray
-import ray.train
 import torch
-import torch.distributed as dist
 
-from cluster.recipe import Recipe
-from cluster.shares import equal_number, micro_batches, split_evenly
+from cluster.host import HostConfig
+from cluster.ledger import StepRecord
+from cluster.membership import Given, Membership, Outcome, node_name
+from cluster.pace import Pace
+from cluster.shares import Shares, plan_shares
 from data_pipelines.reader import Batch, Reader
+from doge import process_group
 from doge.checkpoint import Checkpoints, load_checkpoint
 from doge.configuration import flops_per_token
-from doge.engine import Engine, TrainState
+from doge.engine import Engine, OutOfMemory, StepResult, TrainState
 from doge.errors import UserError
 from doge.experts import pop_expert_usage, track_expert_usage
-from doge.hardware import device_name, peak_memory_bytes, peak_tflops, use_cores
+from doge.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops, use_cores
 from doge.modeling import build_model
+from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
-from doge.storage import Storage
 
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What the driver hands to every worker.
-
-    Args:
-        recipe: of the run.
-        data_plan: fingerprint of the data's plan.
-        start_from: path or URI of a checkpoint of another run to begin with.
-        board: the board's actor handle.
-    """
-
-    recipe: Recipe
-    data_plan: str
-    start_from: str | None
-    board: Any
+CPU_MICRO_BATCH = 8  # sequences; a CPU's memory is not probed
 
 
 @dataclass
@@ -59,92 +51,213 @@ class Position:
     tokens_seen: int = 0
 
 
-def train(config: WorkerConfig) -> None:
-    """The loop of one worker; Ray Train calls it in every process, anew after every change of the group."""
-    if ray.get(config.board.stopped.remote()):
-        return
-    try:
-        Worker(config).run()
-    except UserError as error:  # restarting would only meet it again
-        ray.get(config.board.stop.remote(str(error)))
-        raise
-    except Exception as error:  # a peer is gone, or this worker is about to be
-        rank, reason = ray.train.get_context().get_world_rank(), " ".join(str(error).split())[:160]
-        ray.get(config.board.post.remote("message", f"Worker {rank} stopped: {type(error).__name__}: {reason}"))
-        raise
-
-
 class Worker:
+    """What a host keeps from one membership to the next: the data, the newest state, and what it knows of itself."""
+
+    def __init__(self, config: HostConfig, host: str, leave: threading.Event):
+        self.config, self.recipe, self.board, self.host, self.leave = config, config.recipe, config.board, host, leave
+        self.node = node_name(socket.gethostname(), ray.get_runtime_context().get_node_id())
+        self.reader = Reader(config.storage, config.data_plan, on_wait=self._wait_message)
+        self.checkpoints = Checkpoints(
+            config.storage / f"runs/{self.recipe.name}/checkpoints", self.recipe.training.save_total_limit, self.say
+        )
+        self.held: tuple[TrainState, dict[str, Any]] | None = None  # the newest state that this host gathered
+        self.speed = 0.0  # sequences per second; 0 is unknown
+        self.limit = 0  # sequences of a micro-batch; 0 is unknown
+        self.phase: tuple[str, int, float] = ("idle", 0, time.monotonic())
+        self.step_seconds = 0.0
+        self._membership: MembershipLoop | None = None
+        asked = time.monotonic()
+        now = ray.get(self.board.now.remote())
+        self.clock_offset = now - (asked + time.monotonic()) / 2  # to the driver's monotonic clock
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the loop waits for other workers right now."""
+        membership = self._membership
+        engine = membership.engine if membership is not None else None
+        return engine is not None and engine.waiting
+
+    def enter(self, phase: str, step: int = 0) -> None:
+        self.phase = (phase, step, time.monotonic())
+
+    def say(self, message: str) -> None:
+        self.board.post.remote("message", message)
+
+    def run(self, membership: Membership, rank: int, given: Given | None) -> Outcome:
+        """Step in ``membership`` until it ends; never raises."""
+        step = given.step if given else 0
+        self.enter("joining", step)
+        self._membership = MembershipLoop(self, membership, rank)
+        try:
+            self._membership.enter(given)
+            outcome = self._membership.run()
+            self._membership.close(broken=False)
+            return outcome
+        except UserError as error:  # another membership would only meet it again
+            ray.get(self.board.stop.remote(str(error)))
+            return Outcome("stopped", self.phase[1], str(error))
+        except OutOfMemory as error:
+            self._membership.note_limit(error.limit)
+            reason = f"worker {rank} ran out of memory, from now on it takes at most {error.limit} sequences at once"
+            return Outcome("full", self.phase[1], reason)
+        except Exception as error:  # a peer is gone, or something is wrong here
+            reason = " ".join(str(error).split())[:160]
+            return Outcome("broken", self.phase[1], f"worker {rank}: {type(error).__name__}: {reason}")
+        finally:
+            self._membership.close(broken=True)
+            self._membership = None
+            gc.collect()
+            if self.config.use_gpu:
+                torch.cuda.empty_cache()
+            self.enter("idle", self.phase[1])
+
+    def starting_state(self) -> Given | None:
+        """The newest state: the one this host holds or a checkpoint, of this run or else the one to start from."""
+        steps = self.checkpoints.steps()
+        if self.held is None or (steps and steps[-1] > self.held[0].step):
+            self.held = self.checkpoints.latest() or self.held
+        state, memory = self.held or self._foreign_start() or (None, None)
+        if state is None:
+            return None
+        if memory["position"]["data_plan"] != self.config.data_plan:
+            raise UserError(
+                f"The data of the run {self.recipe.name} is not what it was when it started (recipe, files or "
+                f"tokenizer): choose another --name, and --from one of its checkpoints to go on with other data."
+            )
+        self.held = (state, memory)
+        arrays = {name: tensor.numpy() for name, tensor in state.parameters.items()}
+        moments = {key: {name: value.numpy() for name, value in part.items()} for key, part in state.moments.items()}
+        return Given(state.step, arrays, moments, memory)
+
+    def _foreign_start(self) -> tuple[TrainState, dict[str, Any]] | None:
+        if self.config.start_from is None:
+            return None
+        state, memory = load_checkpoint(self.config.start_from)
+        if memory["position"]["data_plan"] != self.config.data_plan:  # other data is read from its own beginning
+            changed = {"data_plan": self.config.data_plan, "next_sequence": 0}
+            memory = memory | {"position": memory["position"] | changed}
+        return state, memory
+
+    def _wait_message(self, message: str) -> None:
+        if reason := ray.get(self.board.stopped.remote()):
+            raise UserError(reason)
+        if self._membership is not None and self._membership.rank == 0:
+            self.say(message)
+
+
+class MembershipLoop:
     """One rank of one membership: (workers, shares, engine)."""
 
-    def __init__(self, config: WorkerConfig):
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        use_cores(context.get_local_world_size())
-        self.recipe, self.board = config.recipe, config.board
-        self.device = ray.train.torch.get_device()
-        storage = Storage(self.recipe.storage)
-        self.reader = Reader(storage, config.data_plan, on_wait=self._wait_message)
-        self.checkpoints = Checkpoints(
-            storage / f"runs/{self.recipe.name}/checkpoints", self.recipe.training.save_total_limit
+    def __init__(self, worker: Worker, membership: Membership, rank: int):
+        self.worker, self.membership, self.rank = worker, membership, rank
+        self.world_size = len(membership.members)
+        self.recipe, self.board, self.reader = worker.recipe, worker.board, worker.reader
+        self.engine: Engine | None = None
+
+    def enter(self, given: Given | None) -> None:
+        """Join the group and build the engine around the run's state."""
+        began, worker, membership, rank = time.monotonic(), self.worker, self.membership, self.rank
+        local_rank, local_size = membership.local_rank(rank)
+        use_cores(local_size)
+        self.device = torch.device("cuda", 0) if worker.config.use_gpu else torch.device("cpu")
+        process_group.join(rank, self.world_size, local_rank, membership.address, self.device)
+        joined = time.monotonic()
+        worker.enter("engine")
+        state, memory = _unpacked(given) if given else (worker.held if rank == 0 and worker.held else (None, None))
+        self.position = (
+            Position(**memory["position"])
+            if memory
+            else Position(worker.config.data_plan, self.reader.plan.tokenizer_fingerprint)
         )
-        state, self.position = self._starting_point(config)
         self.model_config = self.recipe.model.build()
         torch.manual_seed(self.recipe.training.seed)
         model = build_model(self.model_config)
         if self.recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.engine = Engine(model, self.recipe.optimizer, self.recipe.engine, self.device, state)
+        self._cache = MicroBatchCache(worker.config.storage / "micro_batches")
+        self.pace = self._pace()
         track_expert_usage(self.engine.module)
         self.peak_tflops = self.recipe.tracking.peak_tflops or peak_tflops(self.device)
+        self.seconds = {"process group": joined - began, "engine and state": time.monotonic() - joined}
+        self._began = began
+        self._energy = energy_joules(self.device)
 
-    def run(self) -> None:
-        """Step until the recipe's last step is made and committed."""
-        training = self.recipe.training
-        self._tell_membership()
-        first = self.engine.step_count
-        batches = self.reader.prefetch(self._own_ranges(training.max_steps - first))
-        ended = time.perf_counter()
-        for step in range(first, training.max_steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
-            factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
-            result = self.engine.step(self._tensors(batch), factor)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise UserError(
-                    f"In step {step + 1} the loss was {result.loss} and the gradient norm {result.grad_norm}; the last "
-                    "checkpoint is from before: go on from there with a lower --optimizer.lr under another --name."
-                )
-            first_sequence = self.position.next_sequence
-            self.position.next_sequence += training.global_batch_size
-            self.position.tokens_seen += training.global_batch_size * self.recipe.data.sequence_length
-            if training.record_samples:
-                own = self._share(first_sequence)
-                self.board.post.remote("samples", (step, own.start, [tuple(sample) for sample in batch.samples]))
-            if self.rank == 0:
-                self._tell_step(result, factor, time.perf_counter() - ended, waited)
-            ended = time.perf_counter()
-            self.checkpoints.check()
-            done = step + 1 == training.max_steps
-            if done or (step + 1) % training.eval_steps == 0:
-                self.evaluate()
-                ended = time.perf_counter()
-            if done or (step + 1) % training.save_steps == 0:
-                self.commit()
-        self.checkpoints.wait()
+    def close(self, broken: bool) -> None:
+        """Let go of the engine and the group, so that others can be entered; a second call does nothing."""
+        if broken:
+            process_group.abort()
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
+        process_group.leave()
+
+    def run(self) -> Outcome:
+        """Step until the recipe's last step is made and committed, or until a member wants to leave."""
+        training, worker = self.recipe.training, self.worker
+        shares = self.pace.shares
+        batches = self._batches(shares)
+        own_seconds, counts = 0.0, shares.counts  # of the step before
+        try:
+            for step in range(self.engine.step_count, training.max_steps):
+                began = time.monotonic()
+                worker.enter("data", step)
+                batch = next(batches)
+                waited = time.monotonic() - began
+                worker.enter("step", step)
+                factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
+                tell = [float(worker.leave.is_set()), own_seconds, float(worker.limit)]
+                result = self.engine.step(_tensors(batch), shares.micro_batches[self.rank], factor, tell)
+                self._check_finite(result, step)
+                first_sequence = self.position.next_sequence
+                self.position.next_sequence += training.global_batch_size
+                self.position.tokens_seen += training.global_batch_size * self.recipe.data.sequence_length
+                ended = time.monotonic()
+                own_seconds = result.compute_seconds if shares.counts[self.rank] else 0.0
+                worker.step_seconds = ended - began
+                if result.micro_batch_limit is not None:
+                    self.note_limit(result.micro_batch_limit)
+                self._tell_samples(step, shares.ranges(first_sequence)[self.rank], batch)
+                if self.rank == 0:
+                    self._tell_step(result, factor, ended - began, waited)
+                spent = {"data": waited, "others": result.wait_seconds}
+                spent["step"] = ended - began - waited - result.wait_seconds
+                if not self.seconds.get("first step"):
+                    self._tell_start(ended - began)
+                worker.checkpoints.check()
+                done, step_count = step + 1 == training.max_steps, step + 1
+                leaving = any(told[0] for told in result.told)
+                self._record(step_count, ended, spent, shares.counts[self.rank])
+                spent = {}
+                if done or step_count % training.eval_steps == 0:
+                    spent["evaluation"] = self._timed("evaluation", self.evaluate)
+                if done or leaving or step_count % training.save_steps == 0:
+                    spent["checkpoint"] = self._timed("commit", self.commit)
+                if spent:
+                    self._record(step_count, time.monotonic(), spent, 0)
+                if leaving and not done:
+                    return Outcome("left", step_count, seconds=self.seconds)
+                changed, counts = self._follow(result.told, counts), shares.counts
+                if changed:
+                    shares = self.pace.shares
+                    batches.close()
+                    batches = self._batches(shares)
+            self._timed("commit", worker.checkpoints.wait)
+        finally:
+            batches.close()
+        return Outcome("finished", self.engine.step_count, seconds=self.seconds)
 
     def evaluate(self) -> None:
         """The held-out loss, computed by all ranks together."""
-        held_out = range(self.recipe.data.held_out_sequences)
+        held_out = self.recipe.data.held_out_sequences
         if not held_out:
             return
-        shares = split_evenly(held_out, self.world_size) if len(held_out) >= self.world_size else None
-        own = shares[self.rank] if shares else held_out[self.rank : self.rank + 1]
-        number = equal_number(shares, self.recipe.training.micro_batch_size) if shares else 1
-        pieces = micro_batches(own, self.recipe.training.micro_batch_size, number)
-        read = (self.reader.read_held_out(piece.start, piece.stop) for piece in pieces)
-        loss, tokens = self.engine.evaluate(self._to_tensors(batch) for batch in read)
+        pace = self.pace
+        shares = plan_shares(held_out, pace.speeds, pace.limits, self.engine.equal_micro_batches)
+        own = shares.ranges(0)[self.rank]
+        batch = self.reader.read_held_out(own.start, own.stop)
+        loss, tokens = self.engine.evaluate(_pieces(_tensors(batch), shares.micro_batches[self.rank]))
         if self.rank == 0:
             content = {"step": self.engine.step_count, "held_out_loss": loss, "held_out_tokens": tokens}
             self.board.post.remote("evaluation", content)
@@ -154,78 +267,108 @@ class Worker:
         state = self.engine.state()
         if state is not None:
             memory = {"position": asdict(self.position), "recipe": to_dict(self.recipe)}
-            self.checkpoints.save(state, memory, self._settle)
+            self.worker.held = (state, memory)
+            self.worker.checkpoints.save(state, memory, self._settle)
 
     def _settle(self) -> None:
         """Let the driver deal with all that was told it, before a checkpoint appears that is ahead of it."""
+        self.worker.config.claim.check()
         if reason := ray.get(self.board.settle.remote()):
             raise UserError(reason)
 
-    def _starting_point(self, config: WorkerConfig) -> tuple[TrainState | None, Position]:
-        """The newest whole checkpoint of the run, the one it starts from, or nothing; the same on every rank."""
-        own = self.checkpoints.latest() if self.rank == 0 else None
-        step = [own[0].step if own else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(step, device=self.device)
-        if step[0] is not None:
-            state, memory = own or self.checkpoints.load(step[0])
-            position = Position(**memory["position"])
-            if position.data_plan != config.data_plan:
-                raise UserError(
-                    f"The data of the run {self.recipe.name} is not what it was when it started (recipe, files or "
-                    f"tokenizer): choose another --name, and --from one of its checkpoints to go on with other data."
-                )
-            return state, position
-        if config.start_from is None:
-            return None, Position(config.data_plan, self.reader.plan.tokenizer_fingerprint)
-        state, memory = load_checkpoint(Storage(config.start_from))
-        position = Position(**memory["position"])
-        if position.data_plan != config.data_plan:  # other data is read from its own beginning
-            position.data_plan, position.next_sequence = config.data_plan, 0
-        return state, position
+    def _pace(self) -> Pace:
+        """The shares to begin with, from what every member knows of itself."""
+        worker, training = self.worker, self.recipe.training
+        limit, length = training.micro_batch_size, self.recipe.data.sequence_length
+        if limit is None:
+            limit = micro_batch_size(self.engine, length, training.global_batch_size, CPU_MICRO_BATCH, self._cache)
+        worker.limit = min(limit, worker.limit or limit)
+        known = self.engine.tell_all([worker.speed, float(worker.limit)])
+        speeds = [speed or None for speed, _ in known]
+        if self.recipe.scaling.shares == "equal":
+            speeds = [None] * self.world_size
+        limits = [int(limit) for _, limit in known]
+        return Pace(training.global_batch_size, limits, self.engine.equal_micro_batches, speeds)
 
-    def _own_ranges(self, steps: int) -> Iterator[tuple[int, int]]:
-        start = self.position.next_sequence
-        for step in range(steps):
-            share = self._share(start + step * self.recipe.training.global_batch_size)
-            yield share.start, share.stop
+    def _follow(self, told: list[list[float]], counts: tuple[int, ...]) -> bool:
+        """Take in what all members told of the step before; True if the next step is shared out otherwise."""
+        changed = False
+        for rank, (_, _, limit) in enumerate(told):
+            if limit and int(limit) != self.pace.limits[rank]:
+                self.pace.set_limit(rank, int(limit))
+                changed = True
+        seconds = [seconds for _, seconds, _ in told]
+        if any(seconds) and self.recipe.scaling.shares == "measured":
+            changed |= self.pace.observe(seconds, counts)
+            self.worker.speed = self.pace.speeds[self.rank]
+        return changed
 
-    def _share(self, first_sequence: int) -> range:
-        """This worker's sequences of the step that begins with ``first_sequence``."""
-        step = range(first_sequence, first_sequence + self.recipe.training.global_batch_size)
-        return split_evenly(step, self.world_size)[self.rank]
+    def _batches(self, shares: Shares) -> Iterator[Batch]:
+        """This rank's share of every step to come."""
+        training, start = self.recipe.training, self.position.next_sequence
+        steps = range(training.max_steps - self.engine.step_count)
+        own = (shares.ranges(start + step * training.global_batch_size)[self.rank] for step in steps)
+        return self.reader.prefetch((share.start, share.stop) for share in own)
 
-    def _tensors(self, batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
-        """A worker's share of a step as micro-batches; as many as every other rank's where the engine needs that."""
-        training = self.recipe.training
-        shares = split_evenly(range(training.global_batch_size), self.world_size)
-        number = equal_number(shares, training.micro_batch_size) if self.engine.equal_micro_batches else None
-        for piece in micro_batches(range(len(batch.tokens)), training.micro_batch_size, number):
-            rows = slice(piece.start, piece.stop)
-            yield self._to_tensors(Batch(batch.tokens[rows], batch.position_ids[rows], batch.labels[rows], []))
+    def _timed(self, phase: str, act: Callable[[], object]) -> float:
+        began = time.monotonic()
+        self.worker.enter(phase, self.engine.step_count)
+        act()
+        return time.monotonic() - began
 
-    def _to_tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Model inputs, ``(sequences, sequence_length)``; an empty batch becomes one row that teaches nothing."""
-        if len(batch.tokens) == 0:
-            row = torch.arange(self.recipe.data.sequence_length)[None]
-            return {"input_ids": torch.zeros_like(row), "position_ids": row, "labels": torch.full_like(row, -100)}
-        return {
-            "input_ids": torch.from_numpy(batch.tokens),
-            "position_ids": torch.from_numpy(batch.position_ids),
-            "labels": torch.from_numpy(batch.labels),
-        }
+    def _check_finite(self, result: StepResult, step: int) -> None:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return
+        first, steps = self.position.next_sequence, self.worker.checkpoints.steps()
+        last = f"the last checkpoint is of step {steps[-1]:,}" if steps else "there is no checkpoint yet"
+        raise UserError(
+            f"In step {step + 1:,} (sequences {first:,} to {first + self.recipe.training.global_batch_size - 1:,}) the "
+            f"loss was {result.loss} and the gradient norm {result.grad_norm}; {last}: go on from one with a lower "
+            "--optimizer.lr under another --name."
+        )
 
-    def _tell_membership(self) -> None:
+    def note_limit(self, limit: int) -> None:
+        """Take fewer sequences at once, from the next step or membership on."""
+        self.worker.limit = limit
+        circumstances = micro_batch_circumstances(self.engine, self.recipe.data.sequence_length)
+        self._cache.put(circumstances, limit, is_limit=True)
+        self.worker.say(
+            f"Worker {self.rank} ran out of memory: from now on it takes at most {limit} sequences at once."
+        )
+
+    def _tell_samples(self, step: int, own: range, batch: Batch) -> None:
+        if self.recipe.training.record_samples:
+            self.board.post.remote("samples", (step, own.start, [tuple(sample) for sample in batch.samples]))
+
+    def _tell_start(self, first_step: float) -> None:
+        self.seconds["first step"] = first_step
         content = {
+            "membership": self.membership.number,
             "rank": self.rank,
-            "world_size": self.world_size,
-            "step": self.engine.step_count,
+            "step": self.engine.step_count - 1,
             "device": device_name(self.device),
             "precision": str(self.engine.dtype).removeprefix("torch."),
+            "share": self.pace.shares.counts[self.rank],
+            "micro_batch_limit": self.worker.limit,
+            "seconds": self.seconds,
         }
-        self.board.post.remote("membership", content)
+        self.board.post.remote("member", content)
 
-    def _tell_step(self, result, factor: float, seconds: float, waited: float) -> None:
+    def _record(self, step: int, ended: float, spent: dict[str, float], sequences: int) -> None:
+        """One line of the ledger: where this worker's time went since its last one."""
+        energy = energy_joules(self.device)
+        used = energy - self._energy if energy is not None and self._energy is not None else None
+        self._energy = energy
+        worker = self.worker
+        self.board.post.remote(
+            "ledger",
+            StepRecord(
+                worker.host, worker.node, device_name(self.device), self.membership.number, step,
+                ended + worker.clock_offset, dict(spent), sequences, used,
+            ),
+        )  # fmt: skip
+
+    def _tell_step(self, result: StepResult, factor: float, seconds: float, waited: float) -> None:
         sequence_length = self.recipe.data.sequence_length
         tokens_per_s = self.recipe.training.global_batch_size * sequence_length / seconds
         content = {
@@ -237,6 +380,7 @@ class Worker:
             "tokens_seen": self.position.tokens_seen,
             "data_wait_s": waited,
             "peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
+            "workers": self.world_size,
         }
         if self.peak_tflops:
             flops = tokens_per_s * flops_per_token(self.model_config, sequence_length)
@@ -249,8 +393,29 @@ class Worker:
                 content = {f"experts/{key}": value for key, value in means.items()}
                 self.board.post.remote("experts", {"step": self.engine.step_count} | content)
 
-    def _wait_message(self, message: str) -> None:
-        if reason := ray.get(self.board.stopped.remote()):
-            raise UserError(reason)
-        if self.rank == 0:
-            self.board.post.remote("message", message)
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Model inputs, ``(sequences, sequence_length)``."""
+    return {
+        "input_ids": torch.from_numpy(batch.tokens),
+        "position_ids": torch.from_numpy(batch.position_ids),
+        "labels": torch.from_numpy(batch.labels),
+    }
+
+
+def _pieces(batch: dict[str, torch.Tensor], sizes: tuple[int, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    ends = list(accumulate(sizes))
+    return (
+        {key: value[end - size : end] for key, value in batch.items()} for size, end in zip(sizes, ends, strict=True)
+    )
+
+
+def _unpacked(given: Given) -> tuple[TrainState, dict[str, Any]]:
+    """The state that lies in the object store, without a copy: the engine only reads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that nobody may write to it
+        parameters = {name: torch.from_numpy(array) for name, array in given.parameters.items()}
+        moments = {
+            key: {name: torch.from_numpy(array) for name, array in part.items()} for key, part in given.moments.items()
+        }
+    return TrainState(given.step, parameters, moments), given.memory

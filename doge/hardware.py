@@ -1,7 +1,11 @@
 """What the device under a worker is and can do."""
 
+import functools
 import os
 import resource
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -10,6 +14,7 @@ _PEAK_TFLOPS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.0, "RTX A6000": 154.8,
 }  # fmt: skip
+_POWERCAP = Path("/sys/class/powercap")
 
 
 def device_name(device: torch.device) -> str:
@@ -36,3 +41,66 @@ def peak_memory_bytes(device: torch.device) -> int:
 def use_cores(processes_on_node: int) -> None:
     """Let this process compute on its share of the node's cores; Ray limits a worker to those it reserved."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_node))
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """A counter that only grows: what the device has used since some moment before; only differences mean something.
+
+    A GPU's is its own, from NVML; a CPU's is that of the whole machine's processors and their memory, from RAPL. None
+    where it cannot be read: no NVML, an older GPU, a part of one (MIG), a kernel that keeps RAPL to root.
+    """
+    counter = _energy_counter(device)
+    return counter() if counter else None
+
+
+@functools.cache
+def _energy_counter(device: torch.device) -> Callable[[], float | None] | None:
+    if device.type == "cuda":
+        return _nvml_counter(device)
+    return _rapl_counter() if device.type == "cpu" else None
+
+
+def _nvml_counter(device: torch.device) -> Callable[[], float | None] | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # NVML numbers the machine's GPUs, torch those of CUDA_VISIBLE_DEVICES, perhaps in another order.
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no package, no driver, no permission, no such counter: each has its own
+        return None
+
+    def read() -> float | None:
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except pynvml.NVMLError:
+            return None
+
+    return read
+
+
+def _rapl_counter() -> Callable[[], float | None] | None:
+    """The packages' counters, and their memory's; each begins again at its end, which is added on here."""
+    zones = []
+    for folder in sorted(_POWERCAP.glob("intel-rapl:*")):
+        with suppress(OSError, ValueError):
+            name = (folder / "name").read_text().strip()
+            if name.startswith("package") or name == "dram":  # core and uncore are part of package, psys is all of it
+                last = int((folder / "energy_uj").read_text())
+                zones.append((folder / "energy_uj", int((folder / "max_energy_range_uj").read_text()), [last, 0]))
+    if not zones:
+        return None
+
+    def read() -> float | None:
+        try:
+            for path, end, state in zones:
+                now = int(path.read_text())
+                state[1] += now - state[0] if now >= state[0] else now + end - state[0]
+                state[0] = now
+        except (OSError, ValueError):
+            return None
+        return sum(state[1] for _, _, state in zones) / 1e6
+
+    return read

@@ -3,19 +3,23 @@
 import json
 from pathlib import Path
 
-import psutil
-
 from cluster.recipe import Recipe
 from doge.recipe import from_dict
 from doge.storage import Storage
 
 
-def ray_workers(temp_dir: str) -> list[psutil.Process]:
-    """The processes of the training workers that belong to the Ray session of ``temp_dir``."""
-    raylets = [p for p in psutil.process_iter(["name", "cmdline"])
-               if p.info["name"] == "raylet" and any(temp_dir in part for part in p.info["cmdline"] or [])]  # fmt: skip
-    children = [child for raylet in raylets for child in raylet.children(recursive=True)]
-    return [p for p in children if any("RayTrainWorker" in part for part in p.cmdline())]
+def hosts(run: str = "small") -> list[dict]:
+    """All processes of a run that are ready to train."""
+    import ray
+
+    from cluster.coordinator import NAMESPACE, actor_name
+
+    return ray.get(ray.get_actor(actor_name(run), namespace=NAMESPACE).members.remote())
+
+
+def members(run: str = "small") -> list[dict]:
+    """Those that train now, by rank."""
+    return sorted((host for host in hosts(run) if host["rank"] is not None), key=lambda host: host["rank"])
 
 
 def small_recipe(storage: Path, texts: dict[str, str], **changes) -> Recipe:
@@ -68,6 +72,7 @@ def samples(recipe: Recipe) -> dict[int, dict[int, tuple]]:
     for name in directory.names():
         step = int(name.split("-")[1])
         share = {int(index): tuple(place) for index, place in json.loads(directory.read_bytes(name)).items()}
-        assert not share.keys() & found.get(step, {}).keys()
-        found.setdefault(step, {}).update(share)
+        known = found.setdefault(step, {})
+        assert all(known.get(index, place) == place for index, place in share.items()), "a step's samples differ"
+        known.update(share)
     return found

@@ -46,7 +46,7 @@ def test_a_killed_driver_and_half_made_shards_change_no_sample(undisturbed, ray_
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "from step 10." in again.stdout or "from step 20." in again.stdout
+    assert "from step 10" in again.stdout or "from step 20" in again.stdout
     assert samples(recipe) == samples(undisturbed[0])
     assert losses(recipe) == losses(undisturbed[0])
 
@@ -88,8 +88,8 @@ def test_a_run_does_not_go_back(undisturbed, texts):
 
 
 def test_more_workers_than_the_cluster_can_hold_are_refused(ray_cluster, texts, tmp_path):
-    with pytest.raises(UserError, match="5 workers need 5 CPUs, but the cluster has 4"):
-        pretrain(small_recipe(tmp_path, texts, scaling={"num_workers": 5}))
+    with pytest.raises(UserError, match=r"5 workers were asked for, but the cluster has 1 node, 4 CPUs, .* room for 4"):
+        pretrain(small_recipe(tmp_path, texts, scaling={"num_workers": 5, "wait_timeout_s": 0}))
 
 
 def test_an_empty_source_file_ends_the_run_with_its_name(ray_cluster, texts, tmp_path):

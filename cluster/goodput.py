@@ -1,0 +1,219 @@
+"""Goodput: what an observer outside would measure of a run whose workers come and go.
+
+Goodput is the steps that count over the steps that an undisturbed run of equal length would have made. With
+
+    T      from the end of the run's first step to the end of its last (to now, while a restart is going on);
+           time between two drivers, when nothing ran, is no part of it
+    C      steps finished within T, each counted once however often it was made
+    r(g)   1 / (τ(g) + σ(g)), the undisturbed steps a second of a group of workers with devices g. τ(g) is the mean
+           time of their steps, waiting for data and for others included, without each membership's first. σ(g) is
+           their stall for checkpoints and evaluations: how many there were for each step that counts, over all groups
+           and each counted once as well, × how long one takes g (any group, where g had none). An undisturbed run has
+           all of these too, so they are no loss. Groups of equal devices are taken together
+    R(t)   the highest r of all groups that had begun by t (and made ten steps): the full group, weighted by its speed.
+           A run that grows is held to its new speed from then on; one that shrank is held to its old one
+
+goodput = C / ∫_T R(t) dt. A run in one membership has exactly 1. What is lost splits into three: *repeated* (steps made
+more than once), *absence* (the time in smaller groups × what they were slower than R), and *restarts* (the rest: no
+step was made, or the slow first step of a membership). The share of the workers' time spent computing steps is another
+number, the *busy share*: a run that waits for its disk most of the time has a small one, and a goodput of 1.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf
+
+# Fewer steps than this say little about a group's speed.
+_TELLING_STEPS = 10
+_STALLS = {"checkpoint", "evaluation"}
+
+Group = tuple[str, ...]
+
+
+@dataclass
+class Membership:
+    """A group of hosts that step together; times in seconds since the run began.
+
+    Args:
+        from_step: the last step finished in the state that it starts from.
+        at: when it was formed.
+        driver: when its driver began.
+    """
+
+    from_step: int
+    at: float
+    driver: float
+    devices: dict[str, str] = field(default_factory=dict)  # of each host that has stepped
+    before: dict[str, int] = field(default_factory=dict)  # kind → last step of which earlier memberships finished it
+    finished: dict[str, int] = field(default_factory=dict)  # kind → last step of which this one finished it
+    clock: str | None = None  # the host by whose records the group is timed, the first that finished a step
+    first_step: int | None = None  # of the clock's, as all that follows
+    timed_step: int = 0
+    first_start: float = 0.0
+    first_end: float = 0.0
+    last_end: float = 0.0
+    stalls: float = 0.0  # seconds of the time from first_end to last_end
+    stalls_since: float = 0.0  # seconds since last_end
+    stall_seconds: Counter[str] = field(default_factory=Counter)  # by kind
+    stall_counts: Counter[str] = field(default_factory=Counter)
+    new_stalls: Counter[str] = field(default_factory=Counter)  # their number without those made again
+    new_stalls_since: Counter[str] = field(default_factory=Counter)  # those since last_end
+
+    def __post_init__(self):
+        for name in ("stall_seconds", "stall_counts", "new_stalls", "new_stalls_since"):  # as JSON has them
+            setattr(self, name, Counter(getattr(self, name)))
+
+    @property
+    def group(self) -> Group:
+        """Groups of equal devices are as fast as each other."""
+        return tuple(sorted(self.devices.values()))
+
+    @property
+    def last_step(self) -> int:
+        return self.finished.get("step", self.from_step)
+
+    @property
+    def steady_steps(self) -> int:
+        """Steps after the first."""
+        return self.timed_step - self.first_step
+
+    @property
+    def steady_seconds(self) -> float:
+        """Of the steady steps, without stalls."""
+        return self.last_end - self.first_end - self.stalls
+
+    def follow(self, earlier: "Membership") -> None:
+        """Learn what had been finished before."""
+        for kind in {*earlier.before, *earlier.finished}:
+            last = max(earlier.before.get(kind, 0), earlier.finished.get(kind, 0))
+            self.before[kind] = max(self.before.get(kind, 0), last)
+
+    def note(self, host: str, device: str, step: int, seconds: Mapping[str, float], start: float, ended: float) -> None:
+        """Take in what a host did from ``start`` to ``ended``: the step, or what followed it."""
+        if "step" in seconds:
+            self.devices[host] = device
+            self.clock = self.clock or host
+            self.finished["step"] = max(self.finished.get("step", 0), step)
+        if host != self.clock:
+            return
+        for kind in seconds.keys() & _STALLS:
+            self.stalls_since += seconds[kind]
+            self.stall_seconds[kind] += seconds[kind]
+            self.stall_counts[kind] += 1
+            if step > max(self.before.get(kind, 0), self.finished.get(kind, 0)):
+                self.new_stalls_since[kind] += 1
+                self.finished[kind] = step
+        if "step" in seconds:
+            self._time_step(step, start, ended)
+
+    def _time_step(self, step: int, start: float, ended: float) -> None:
+        if self.first_step is None:
+            self.first_step, self.first_start, self.first_end = step, start, ended
+            self.stalls_since = 0.0
+            if "step" not in self.before:  # the run's very first
+                self.new_stalls_since.clear()
+        self.timed_step, self.last_end = step, ended
+        self.stalls, self.stalls_since = self.stalls + self.stalls_since, 0.0
+        self.new_stalls += self.new_stalls_since
+        self.new_stalls_since.clear()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run's memberships come to.
+
+    Args:
+        steps: finished, each counted once, as far as they were told.
+        lost_steps: made and then made again.
+        restart_seconds: of each restart, from the last step before to the beginning of the first after.
+        goodput: between 0 and 1; None before a group has made two steps.
+        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``restarts``.
+        steps_per_s: of the fastest group, undisturbed.
+    """
+
+    steps: int = 0
+    lost_steps: int = 0
+    restart_seconds: Sequence[float] = ()
+    goodput: float | None = None
+    lost: Mapping[str, float] = field(default_factory=dict)
+    steps_per_s: float | None = None
+
+
+def progress(memberships: Sequence[Membership], now: float) -> Progress:
+    """Reckon up all memberships of a run; ``now`` is in seconds since it began."""
+    stepped = [member for member in memberships if member.first_step is not None]
+    if not stepped:
+        return Progress()
+    last = max(member.last_step for member in stepped)
+    # A driver that died unawares has made steps of which nothing is known, nor of their time.
+    unseen = sum(max(0, member.from_step - member.before.get("step", member.from_step)) for member in stepped[1:])
+    steps = last - stepped[0].from_step - unseen
+    lost_steps = sum(member.last_step - member.from_step for member in stepped) - steps
+    restarts = [max(0.0, after.first_start - max(before.last_end, after.driver)) for before, after in pairwise(stepped)]
+    counted = steps - (stepped[0].first_step - stepped[0].from_step)
+    rates = _rates(stepped, counted)
+    bars = list(_bars(stepped, rates))
+    begin = stepped[0].first_end
+    end = max(member.last_end for member in stepped) if memberships[-1].first_step is not None else now
+    if not bars or end <= begin:
+        return Progress(steps, lost_steps, restarts)
+
+    def possible(start: float, stop: float) -> float:
+        """Steps of an undisturbed run."""
+        return sum(
+            rates[group] * max(0.0, min(stop, until) - max(start, since))
+            for (since, group), (until, _) in pairwise([*bars, (inf, ())])
+        )
+
+    undisturbed = possible(begin, end)
+    absent = 0.0
+    for member in stepped:
+        full = [group for since, group in bars if since <= member.at][-1]
+        if member.group != full:
+            absent += possible(member.first_end, member.last_end) - member.steady_steps
+    lost = {"repeated": lost_steps / undisturbed, "absence": max(0.0, absent / undisturbed)}
+    lost["restarts"] = max(0.0, 1 - counted / undisturbed - sum(lost.values()))
+    return Progress(steps, lost_steps, restarts, min(1.0, counted / undisturbed), lost, rates[bars[-1][1]])
+
+
+def _rates(stepped: Sequence[Membership], counted: int) -> dict[Group, float]:
+    """Steps a second of every group that made enough of them; of the one that made the most if none did."""
+    steps: Counter[Group] = Counter()
+    seconds: Counter[Group] = Counter()
+    for member in stepped:
+        steps[member.group] += member.steady_steps
+        seconds[member.group] += member.steady_seconds
+    known = [group for group in steps if steps[group] and seconds[group] > 0]
+    if not known:
+        return {}
+    telling = [group for group in known if steps[group] >= _TELLING_STEPS] or [max(known, key=steps.__getitem__)]
+    stall = _stalls(stepped, counted)
+    return {group: 1 / (seconds[group] / steps[group] + stall(group)) for group in telling}
+
+
+def _stalls(stepped: Sequence[Membership], counted: int) -> Callable[[Group], float]:
+    """Seconds of stall a step, for every group."""
+    numbers = sum((member.new_stalls + member.new_stalls_since for member in stepped), Counter())
+    numbers -= stepped[-1].new_stalls_since  # what came after the last step of all is not in front of a step
+
+    def of(group: Group) -> float:
+        total = 0.0
+        for kind, number in numbers.items():
+            had = [member for member in stepped if member.stall_counts[kind]]
+            own = [member for member in had if member.group == group] or had
+            mean = sum(member.stall_seconds[kind] for member in own) / sum(member.stall_counts[kind] for member in own)
+            total += mean * number / max(1, counted)
+        return total
+
+    return of
+
+
+def _bars(stepped: Sequence[Membership], rates: Mapping[Group, float]) -> Iterator[tuple[float, Group]]:
+    """From when on the run is held to the speed of which group: each is faster than those before it."""
+    best = 0.0
+    for member in stepped:
+        if rates.get(member.group, 0.0) > best:
+            yield member.at if best else -inf, member.group
+            best = rates[member.group]

@@ -1,0 +1,142 @@
+"""The process that trains in a seat: it keeps its imports, data and newest state while memberships come and go."""
+
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster.lease import Claim
+from cluster.membership import Given, HostInfo, Membership, Outcome
+from cluster.recipe import Recipe
+from doge.storage import Storage
+
+# A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
+# for them again, page by page: a fifth of a CPU step. The first three keep them. The others leave GPUs to the seat
+# that reserved them, and a broken NCCL group to the coordinator, instead of ending the process.
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """What the driver hands to every host.
+
+    Args:
+        recipe: of the run.
+        storage: its root, which opens from any node.
+        claim: that the run may commit: nobody else has taken it over.
+        data_plan: fingerprint of the data's plan.
+        start_from: a checkpoint of another run to begin with.
+        use_gpu: whether a host trains on a GPU.
+        board: the board's actor handle.
+    """
+
+    recipe: Recipe
+    storage: Storage
+    claim: Claim
+    data_plan: str
+    start_from: Storage | None
+    use_gpu: bool
+    board: Any
+
+
+class Host:
+    """The actor's class; `start_host` starts one. ``prepare``, ``offer`` and ``run`` follow one another in one thread,
+    the other methods answer at any time."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._worker: Any = None
+        self._leave = threading.Event()
+
+    @ray.method(concurrency_group="loop")
+    def prepare(self, config: HostConfig) -> HostInfo:
+        """Import everything and open the data."""
+        if not config.use_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from cluster.worker import Worker
+
+        self._worker = Worker(config, self.name, self._leave)
+        return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address())
+
+    @ray.method(concurrency_group="loop")
+    def offer(self, copies: bool) -> tuple[int, list[Any]]:
+        """The step of the state to go on from, newest first known to this host, then to the storage.
+
+        With ``copies``, also a reference to it in the object store for the others; empty where nothing was saved yet.
+        """
+        given = self._worker.starting_state()
+        if given is None:
+            return 0, []
+        return given.step, [ray.put(given)] if copies else []
+
+    @ray.method(concurrency_group="loop")
+    def run(self, membership: Membership, rank: int, given: Given | None) -> Outcome:
+        """Step in ``membership`` until it ends."""
+        self._leave.clear()
+        member = membership.members[rank]
+        if member.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(member.gpus)
+        return self._worker.run(membership, rank, given)
+
+    @ray.method(concurrency_group="loop")
+    def flush(self) -> None:
+        """Return once the checkpoint that is being written is there."""
+        self._worker.checkpoints.wait()
+
+    @ray.method(concurrency_group="control")
+    def leave(self) -> None:
+        """End the membership at the next step that all members can agree on."""
+        self._leave.set()
+
+    @ray.method(concurrency_group="control")
+    def abort(self) -> None:
+        """Wake a member that waits for one that is gone, where its device does not notice by itself."""
+        from doge import process_group
+
+        process_group.abort()
+
+    @ray.method(concurrency_group="control")
+    def address(self) -> tuple[str, int]:
+        """Where this host would listen as rank 0."""
+        from doge import process_group
+
+        return process_group.free_address(ray.util.get_node_ip_address())
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> dict[str, Any]:
+        """Step, phase and seconds since it began; an answer at all says that the process is alive."""
+        if self._worker is None:
+            return {"phase": "start", "step": 0, "seconds": 0.0, "waiting": False}
+        phase, step, since = self._worker.phase
+        return {
+            "phase": phase,
+            "step": step,
+            "seconds": time.monotonic() - since,
+            "waiting": self._worker.waiting,
+            "step_seconds": self._worker.step_seconds,
+        }
+
+
+def start_host(name: str, node: str):
+    """Start a host on a node, without resources: those are its seat's. Returns the actor's handle."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return (
+        ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"loop": 1, "control": 8})(Host)
+        .options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+        .remote(name)
+    )

@@ -1,0 +1,109 @@
+"""The words of elasticity: seats that Ray Train holds, hosts that train in them, memberships that they form.
+
+A *seat* is the room for one worker on a node, reserved by a worker of Ray Train. A *host* is a process that has
+imported everything and trains in a seat; it outlives Ray Train's restarts. A *membership* is a set of hosts that step
+together, numbered from 1. It ends when a host is lost, or at a step that all of its members agree on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker of Ray Train.
+
+    Args:
+        group: id of its worker group, of which a restart makes another.
+        rank: in that group.
+        size: of that group.
+        node: Ray's id of its node.
+        gpus: ids of the GPUs that it reserves.
+    """
+
+    group: str
+    rank: int
+    size: int
+    node: str
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A host in a membership.
+
+    Args:
+        host: its name.
+        node: Ray's id of its node.
+        machine: host name of the machine, which several nodes may share.
+        gpus: ids of the GPUs that it computes on.
+    """
+
+    host: str
+    node: str
+    machine: str
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Hosts that step together.
+
+    Args:
+        number: of the membership in this call of the run.
+        members: in the order of their ranks.
+        address: host and port where rank 0 listens.
+        repeat_until: steps below were made before and are made again.
+    """
+
+    number: int
+    members: tuple[Member, ...]
+    address: tuple[str, int]
+    repeat_until: int = 0
+
+    def local_rank(self, rank: int) -> tuple[int, int]:
+        """The member's place among those on its machine, and how many those are."""
+        machine = [place for place, member in enumerate(self.members) if member.machine == self.members[rank].machine]
+        return machine.index(rank), len(machine)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a membership ended for one of its hosts.
+
+    Args:
+        kind: ``finished`` the run, ``left`` at an agreed step, ``broken`` by an error, ``full`` memory, or ``stopped``
+            for good.
+        step: steps that were made when it ended.
+        reason: the error in one line.
+        seconds: of what came before the first step, by name.
+    """
+
+    kind: Literal["finished", "left", "broken", "full", "stopped"]
+    step: int
+    reason: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class HostInfo:
+    """What a host says of itself once it is ready."""
+
+    pid: int
+    machine: str
+    ip: str
+
+
+@dataclass
+class Given:
+    """A state on its way to a host, besides the tensors: the position in the data and the recipe that made it."""
+
+    step: int
+    parameters: dict[str, Any]
+    moments: dict[str, dict[str, Any]]
+    memory: dict[str, Any]
+
+
+def node_name(machine: str, node: str) -> str:
+    """What a reader calls a node: its machine, and enough of Ray's id to tell several on one machine apart."""
+    return f"{machine}-{node[:4]}"
