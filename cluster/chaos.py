@@ -256,20 +256,21 @@ class Agent:
         while self._holds:
             self._holds.popitem()[1].end()
 
-    def kill_node(self) -> bool:
-        """SIGKILL the raylet and all its processes, as if the machine lost its power, once this call is answered."""
-        raylet = next((parent for parent in psutil.Process().parents() if parent.name() == "raylet"), None)
-        if raylet is not None:
-            threading.Timer(0.2, self._kill_all, [raylet]).start()
-        return raylet is not None
+    def has_raylet(self) -> bool:
+        """Whether there is a raylet to kill."""
+        return self._raylet() is not None
 
-    def _kill_all(self, raylet: psutil.Process) -> None:
-        here = os.getpid()
+    def kill_node(self) -> None:
+        """SIGKILL the raylet and all its processes, as if the machine lost its power; this one too: no answer comes."""
+        raylet, here = self._raylet(), os.getpid()
         children = [child for child in raylet.children(recursive=True) if child.pid != here]
         for process in [raylet, *children]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         os.kill(here, signal.SIGKILL)
+
+    def _raylet(self) -> psutil.Process | None:
+        return next((parent for parent in psutil.Process().parents() if parent.name() == "raylet"), None)
 
     def _worker(self, pid: int) -> psutil.Process | None:
         """The process, if it still is a host."""
@@ -338,6 +339,7 @@ class Chaos:
         self.seed, self.spares = seed, spares
         self._number = 0  # of the latest event
         self._agents: dict[str, Any] = {}
+        self._killed: set[str] = set()  # nodes
         self._held_until = 0.0  # monotonic
         self.members()
 
@@ -348,15 +350,19 @@ class Chaos:
         self.close()
 
     def members(self) -> list[Victim]:
-        """The hosts of the run, spares included. Raises RunOver."""
+        """The hosts of the run, spares included, on nodes that were not killed here. Raises RunOver."""
         import ray
 
-        try:
-            rows = ray.get(self._coordinator.members.remote(), timeout=ANSWER_SECONDS)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise RunOver(f"The run {self.run} is over.") from error
+        while True:
+            try:
+                rows = ray.get(self._coordinator.members.remote())
+                break
+            except ray.exceptions.ActorUnavailableError:  # it is dying, or the network falters
+                time.sleep(LOOK_SECONDS)
+            except ray.exceptions.RayActorError as error:
+                raise RunOver(f"The run {self.run} is over.") from error
         names = [field.name for field in fields(Victim)]
-        members = [Victim(**{name: row[name] for name in names}) for row in rows]
+        members = [Victim(**{name: row[name] for name in names}) for row in rows if row["node"] not in self._killed]
         for node in {member.node for member in members}:
             self._agent(node)  # its process takes a second to start
         return members
@@ -384,6 +390,8 @@ class Chaos:
         Raises:
             UserError: it is the head, the run's driver is there, or this process; or all nodes with workers are such.
         """
+        import ray
+
         members, protected = self.members(), self._protected()
         self._number += 1
         if node is None:
@@ -395,17 +403,17 @@ class Chaos:
         elif node in protected:
             raise UserError(f"Node {_node_name(node)} is the {protected[node]}, which must live on: choose another.")
         victims = [member for member in members if member.node == node]
-        self._order(node, "kill_node")
-        self._agents.pop(node)
+        self._order(node, "has_raylet")
+        self._killed.add(node)
+        ray.wait([self._agents.pop(node).kill_node.remote()], timeout=ANSWER_SECONDS)  # its death is the answer
         return self._done("kill-node", victims, node)
 
     def release(self) -> None:
         """Let all workers run freely now."""
         import ray
 
-        for agent in self._agents.values():
-            with suppress(ray.exceptions.RayError):
-                ray.get(agent.release.remote(), timeout=ANSWER_SECONDS)
+        if answers := [agent.release.remote() for agent in self._agents.values()]:
+            ray.wait(answers, num_returns=len(answers), timeout=ANSWER_SECONDS)
         self._held_until = 0.0
 
     def close(self) -> None:
@@ -471,7 +479,9 @@ class Chaos:
 
         try:
             answer = ray.get(getattr(self._agent(node), order).remote(*values), timeout=ANSWER_SECONDS)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (
+            ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError, ray.exceptions.GetTimeoutError
+        ) as error:  # fmt: skip
             self._agents.pop(node)
             raise Nobody(f"Node {_node_name(node)} does not answer.") from error
         if not answer:

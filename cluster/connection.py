@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from cluster.scaling import Seats
 
 
-def connect(scaling: ScalingRecipe) -> None:
+def connect(scaling: ScalingRecipe, start: bool = True) -> bool:
     """Join the cluster of ``scaling.address``, of this job or of this machine, or start one of this machine alone.
+
+    Returns whether there is a connection: without ``start`` there may be no cluster to join.
 
     Raises:
         UserError: no cluster answers at the address, or it does not take this machine's token.
@@ -25,15 +27,17 @@ def connect(scaling: ScalingRecipe) -> None:
     import ray
 
     if ray.is_initialized():
-        return
+        return True
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address=address or "auto", **quiet)
+        return True
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         if address is None:  # this machine belongs to no cluster
-            ray.init(address="local", include_dashboard=False, **quiet)
-            return
+            if start:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            return start
         raise UserError(
             f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out; "
             "one that has a token (~/.ray/auth_token on its head) needs the same token here."

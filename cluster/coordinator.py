@@ -55,6 +55,10 @@ class HostRecord:
         """Seconds since its last answer."""
         return time.monotonic() - self.answered
 
+    def answers(self) -> bool:
+        """Whether it can be counted on right now."""
+        return self.silent() < ANSWER_SECONDS
+
 
 class Coordinator:
     """The actor's class; `open_coordinator` starts one.
@@ -113,6 +117,7 @@ class Coordinator:
                 "membership": self._number,
                 "step": host.status.get("step", 0),
                 "phase": host.status.get("phase", "idle"),
+                "leaving": host.node in self._leaving,
             }
             for host in self._hosts.values()
             if host.ready
@@ -167,7 +172,7 @@ class Coordinator:
                 at = time.monotonic() if host.spare else host.started
                 content = (host.name, node_name(host.info.machine, host.node), "", at)
                 self._board.post.remote("joined", content)
-            answer = host.handle.run.remote(membership, rank, given if rank else None)
+            answer = host.handle.run.remote(membership, rank, None if host.name == membership.source else given)
             calls[asyncio.create_task(self._outcome(host, answer))] = host
         await self._board.post.remote(
             "membership",
@@ -181,34 +186,39 @@ class Coordinator:
         return await self._judge(outcomes, first)
 
     async def _form(self, hosts: list[HostRecord]) -> tuple[Membership, list[HostRecord], Any, int] | None:
-        """Order the hosts behind the one with the newest state, and let it offer that; None if it was lost over it."""
-        if self._holder in hosts:
-            hosts = [self._holder, *(host for host in hosts if host is not self._holder)]
-        first = hosts[0]
-        first.busy = True
-        offered = await self._ask(first, first.handle.offer.remote(len(hosts) > 1))
-        address = await self._ask(first, first.handle.address.remote())
-        first.busy = False
+        """Let the host with the newest state offer it, and order the hosts behind it; None if one was lost over it."""
+        source = self._source(hosts)
+        if source in hosts:
+            hosts = [source, *(host for host in hosts if host is not source)]
+        source.busy = True
+        offered = await self._ask(source, source.handle.offer.remote(hosts != [source]))
+        source.busy = False
+        address = await self._ask(hosts[0], hosts[0].handle.address.remote())
         if offered is None or address is None:
             return None
         step, references = offered
         self._number += 1
-        seats = Counter()
         members = []
         for host in hosts:
             host.gpus = host.gpus if host.gpus is not None else self._free_gpus(host, hosts)
-            seats[host.node] += 1
-            members.append(Member(host.name, host.node, host.info.machine, host.gpus or ()))
+            members.append(Member(host.name, host.node, host.info.machine, host.gpus))
         self._reached = max(self._reached, step)
-        membership = Membership(self._number, tuple(members), tuple(address), repeat_until=self._reached)
-        self._holder = first
+        self._holder = hosts[0]
+        membership = Membership(self._number, tuple(members), tuple(address), source.name)
         return membership, hosts, references[0] if references else None, step
+
+    def _source(self, hosts: list[HostRecord]) -> HostRecord:
+        """The host to take the state from: the last rank 0, also one that is about to go, or whoever has the newest."""
+        idle = [host for host in self._hosts.values() if host.ready and not host.busy and host.answers()]
+        if self._holder in idle:
+            return self._holder
+        return max(idle or hosts, key=lambda host: (host.status.get("held", -1), host in hosts))
 
     async def _until_ended(self, calls: dict[asyncio.Task, HostRecord]) -> dict[HostRecord, Outcome]:
         """Watch a membership's hosts until each has ended it or is lost."""
         outcomes: dict[HostRecord, Outcome] = {}
         pending = set(calls)
-        asked_to_leave, ended_at, woken = False, None, False
+        asked_to_leave, ended_at, woken, at_work = False, None, False, False
         while pending:
             change = asyncio.create_task(self._wait_for_change(WATCH_SECONDS))
             done, _ = await asyncio.wait({*pending, change}, return_when=asyncio.FIRST_COMPLETED)
@@ -230,14 +240,17 @@ class Coordinator:
                     for host in remaining:
                         host.handle.abort.remote()
                 # A host that is silent now will find its membership gone when it comes back.
-                if remaining and all(host.silent() > ANSWER_SECONDS for host in remaining):
+                if remaining and not any(host.answers() for host in remaining):
                     break
                 if since > KILL_SECONDS:
                     for host in remaining:
-                        if host.silent() <= ANSWER_SECONDS:
+                        if host.answers():
                             self._lose(host, "it could not be woken from waiting for a lost one")
                 continue
             self._employ()
+            if not at_work and all(self._at_work(host) for host in calls.values()):
+                at_work = True  # the state has reached all: who had it may go
+                self._dismiss()
             if not asked_to_leave and self._should_change(list(calls.values())):
                 asked_to_leave = True
                 for host in remaining:
@@ -256,14 +269,14 @@ class Coordinator:
         reached = max([outcome.step for outcome in outcomes.values()], default=first)
         progress, self._reached = reached > self._reached, max(self._reached, reached)
         if kinds["left"] == len(outcomes) and outcomes:
-            self._dismiss()
             return False
         reasons = [outcome.reason for outcome in outcomes.values() if outcome.kind == "full"]
-        lost = [host for host in self._hosts.values() if host.lost.is_set() and host.reason]
+        lost = [host for host in self._hosts.values() if host.lost.is_set()]
         reasons += [f"a worker was lost ({host.reason})" for host in lost]
         reasons += [outcome.reason for outcome in outcomes.values() if outcome.kind == "broken"]
         self._say(f"Step {reached + 1:,} was interrupted: {reasons[0] if reasons else 'a worker does not answer'}.")
-        self._forget()
+        for host in lost:
+            del self._hosts[host.name]
         self._failures = 0 if progress else self._failures + 1
         limit = self._scaling.max_failures
         if 0 <= limit < self._failures:
@@ -285,7 +298,7 @@ class Coordinator:
             fitting = [
                 host for host in self._hosts.values()
                 if host.node == node and host.ready and host.gpus in (None, gpus) and host not in chosen
-                and (host in self._members or (not host.busy and host.silent() < ANSWER_SECONDS))
+                and (host in self._members or (not host.busy and host.answers()))
             ]  # fmt: skip
             # Those that train go on; then those bound to these GPUs; spares last.
             fitting.sort(key=lambda host: (host not in self._members, host.gpus is None))
@@ -325,23 +338,35 @@ class Coordinator:
         self._hosts[name] = host
         self._begin(self._prepare(host))
 
+    def _at_work(self, host: HostRecord) -> bool:
+        """Whether a member of the present membership has taken up the state."""
+        status = host.status
+        return status.get("membership") == self._number and status["phase"] not in ("idle", "joining", "engine")
+
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self._ask(host, host.handle.prepare.remote(self._config))
+        if host.info is None:
+            self._failures += 1
+            if 0 <= self._scaling.max_failures < self._failures:
+                await self._board.stop.remote(f"No process for the workers could be started: {host.reason}.")
         host.answered = time.monotonic()
         self._change.set()
 
     def _dismiss(self) -> None:
-        """End the hosts that no seat holds any more, after their checkpoint is written."""
-        places = {node for node, _ in self._places()}
-        for host in list(self._hosts.values()):
-            if host.node not in places or host.node in self._leaving:
-                self._begin(self._end(host))
+        """End the hosts that no seat holds any more and that are no spares, after their checkpoint is written."""
+        seats = Counter(node for node, _ in self._places().elements())
+        for node in {host.node for host in self._hosts.values()}:
+            room = 0 if node in self._leaving or not seats[node] else seats[node] + self._scaling.warm_spares
+            here = [host for host in self._hosts.values() if host.node == node and not host.lost.is_set()]
+            here.sort(key=lambda host: host not in self._members)
+            for host in here[room:]:
+                if host not in self._members:
+                    self._begin(self._end(host))
 
     async def _end(self, host: HostRecord) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(host.handle.flush.remote(), 120)
         self._lose(host, "")
-        self._forget()
 
     def _lose(self, host: HostRecord, reason: str) -> None:
         """Count a host as lost, and make it so."""
@@ -355,13 +380,9 @@ class Coordinator:
             ray.kill(host.handle)
         if reason and host.info is not None:  # a stopped process hears no request
             _kill_process(host.node, host.info.pid)
+        if host not in self._members:
+            self._hosts.pop(host.name, None)
         self._change.set()
-
-    def _forget(self) -> None:
-        for name in [name for name, host in self._hosts.items() if host.lost.is_set()]:
-            if self._hosts[name] is self._holder:
-                self._holder = None
-            del self._hosts[name]
 
     def _should_change(self, members: list[HostRecord]) -> bool:
         """Whether other hosts should train than those who do."""

@@ -118,13 +118,15 @@ class Host:
         """Step, phase and seconds since it began; an answer at all says that the process is alive."""
         if self._worker is None:
             return {"phase": "start", "step": 0, "seconds": 0.0, "waiting": False}
-        phase, step, since = self._worker.phase
+        (phase, step, since), held = self._worker.phase, self._worker.held
         return {
             "phase": phase,
             "step": step,
             "seconds": time.monotonic() - since,
             "waiting": self._worker.waiting,
             "step_seconds": self._worker.step_seconds,
+            "membership": self._worker.membership_number,
+            "held": held[0].step if held else -1,
         }
 
 

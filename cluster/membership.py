@@ -53,13 +53,13 @@ class Membership:
         number: of the membership in this call of the run.
         members: in the order of their ranks.
         address: host and port where rank 0 listens.
-        repeat_until: steps below were made before and are made again.
+        source: host that has the state to go on from; the others are given it.
     """
 
     number: int
     members: tuple[Member, ...]
     address: tuple[str, int]
-    repeat_until: int = 0
+    source: str
 
     def local_rank(self, rank: int) -> tuple[int, int]:
         """The member's place among those on its machine, and how many those are."""

@@ -131,6 +131,7 @@ class Run:
     ) -> list[tuple[str, str]]:
         """Run the workers to the last step; the ledger's account of it, as labelled lines."""
         import ray
+        import ray.train
 
         from cluster.coordinator import open_coordinator
         from cluster.host import HostConfig
@@ -151,7 +152,7 @@ class Run:
             board=board,
         )
         coordinator = open_coordinator(recipe.name, config, recipe.scaling)
-        recorder = Recorder(recipe, board, self.directory, tracker, self.console)
+        recorder = Recorder(recipe, board, self.storage, self.directory, tracker, self.console)
         preparation = threading.Thread(target=self._prepare, args=(plan, storage, board, recorder), daemon=True)
         attempt = f"{recipe.name}-{int(time.time())}"
         trainer = SeatTrainer(take_seat, SeatConfig(coordinator), seats, attempt, self.storage.path("ray_train"))
@@ -161,6 +162,9 @@ class Run:
                 conducted = coordinator.conduct.remote()
                 trainer.fit()
                 ray.get(conducted)
+            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+                last = str(error).strip().splitlines()[-1]
+                ray.get(board.stop.remote(f"Ray ended the run ({last}): the same command goes on with it."))
             finally:
                 recorder.over = True
                 reason = ray.get(board.stopped.remote())

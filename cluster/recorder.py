@@ -11,29 +11,31 @@ from typing import Any
 
 from cluster.board import Post
 from cluster.console import Console
+from cluster.figures import Figures
+from cluster.forecast import remember_speeds
 from cluster.ledger import Ledger
 from cluster.recipe import Recipe
 from doge.errors import UserError
-from doge.storage import Storage
+from doge.storage import Storage, StorageError
 from doge.tracking import Tracker
 
 POLL_SECONDS = 0.25
 WAIT_MESSAGE_SECONDS = 60
 LEDGER_SECONDS = 30  # between two writes of the ledger
+PATIENCE_SECONDS = 600  # with a storage that fails, once the training is over
 
 
 class Recorder:
     """Takes the workers' posts from the board and deals with them: the console, MLflow, the recorded samples."""
 
-    def __init__(self, recipe: Recipe, board, directory: Storage, tracker: Tracker, console: Console):
+    def __init__(self, recipe: Recipe, board, storage: Storage, directory: Storage, tracker: Tracker, console: Console):
         self.over = False
-        self._recipe = recipe
+        self._recipe, self._storage = recipe, storage
         self._board, self._directory, self._tracker, self._console = board, directory, tracker, console
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._done = threading.Event()
         self._membership: dict[str, Any] = {}
         self._started: dict[int, dict[str, Any]] = {}  # what its members said, by rank
-
         self._ledger_written = time.monotonic()
         self.ledger = self._open_ledger()
         self.ledger.begin(time.monotonic())
@@ -54,6 +56,7 @@ class Recorder:
 
         figures = self.ledger.figures(self._recipe.ledger)
         self._tracker.log_metrics([{"step": step} | figures.metrics()])
+        self._remember_speeds(figures)
         with tempfile.TemporaryDirectory() as folder:
             plot = Path(folder, "timeline.png")
             plot_timeline(plot, self.ledger.timeline(), self._recipe.name)
@@ -61,12 +64,21 @@ class Recorder:
             self._tracker.log_artifact(plot)
         return [*figures.rows(), ("timeline", self._directory.path("timeline.png"))]
 
+    def _remember_speeds(self, figures: Figures) -> None:
+        """What a worker on each kind of device did while it computed, for the plan of the next run."""
+        devices = {worker.device for worker in figures.workers}
+        speeds = {}
+        for device in devices:
+            workers = [worker for worker in figures.workers if worker.device == device]
+            seconds = sum(worker.seconds_of.get("step", 0.0) for worker in workers)
+            if seconds > 0:
+                speeds[device] = sum(worker.tokens for worker in workers) / seconds
+        remember_speeds(self._recipe, self._storage, speeds)
+
     def _open_ledger(self) -> Ledger:
         """The run's ledger, which an earlier driver may have begun."""
         training, length = self._recipe.training, self._recipe.data.sequence_length
-        with suppress(
-            FileNotFoundError, ValueError, KeyError, TypeError
-        ):  # a ledger that does not read is not worth a run
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a broken one is not worth a run
             ledger = Ledger.from_dict(json.loads(self._directory.read_bytes("ledger.json")))
             if ledger.tokens_per_step == training.global_batch_size * length:
                 return ledger
@@ -80,47 +92,68 @@ class Recorder:
     def _work(self) -> None:
         import ray
 
-        handled, last, started, told = 0, False, time.monotonic(), False
-        while not last:
-            last = self._done.wait(POLL_SECONDS)
-            if not (handled or told) and time.monotonic() - started > WAIT_MESSAGE_SECONDS:
+        shown = kept = 0
+        started, told, failing_since, pause = time.monotonic(), False, None, 0.0
+        while True:
+            last = self._done.wait(POLL_SECONDS if failing_since is None else pause)
+            if not (shown or told) and time.monotonic() - started > WAIT_MESSAGE_SECONDS:
                 told = True
                 self._console.say("Waiting for the cluster to have room for the workers, and for them to start.")
-            posts = ray.get(self._board.take.remote(handled))
+            posts = ray.get(self._board.take.remote(kept))
             try:
-                self._handle(posts)
-            except Exception as error:  # the run must not train on unrecorded, nor wait for a recorder that is gone
+                self._show(posts[shown - kept :])
+                shown = kept + len(posts)
+                self._keep(posts)
+            except Exception as error:
+                failing_since = failing_since or time.monotonic()
+                if _may_pass(error) and not (last and time.monotonic() - failing_since > PATIENCE_SECONDS):
+                    if not pause:
+                        self._console.say(f"The run cannot be recorded now, training goes on meanwhile: {error}")
+                    pause = min(2 * pause or 1.0, 30.0)
+                    if last:
+                        time.sleep(pause)  # the event is set and does not wait any more
+                    continue
+                # The run must not train on unrecorded, nor wait for a recorder that is gone.
                 reason = str(error) if isinstance(error, UserError) else f"Recording the run failed: {error!r}."
                 ray.get(self._board.stop.remote(reason, unrecorded=True))
-                self._handle = lambda posts: None  # what follows a gap must not be recorded
-            handled += len(posts)
-        ray.get(self._board.take.remote(handled))
+                self._keep = lambda posts: None  # what follows a gap must not be recorded
+                shown = kept + len(posts)
+            if pause:
+                self._console.say("The run is recorded again.")
+            failing_since, pause = None, 0.0
+            kept += len(posts)
+            if last:
+                break
+        ray.get(self._board.take.remote(kept))
 
-    def _handle(self, posts: list[Post]) -> None:
-        rows = []
+    def _show(self, posts: list[Post]) -> None:
+        """What a person sees, and the ledger: in memory, each post once."""
         for post in posts:
-            if post.kind in ("step", "evaluation", "experts"):
-                rows.append({k: v for k, v in post.content.items() if k != "held_out_tokens"})
             if post.kind == "step":
                 self._console.step(post.content)
             elif post.kind == "evaluation":
                 self._console.say(f"step {post.content['step']:,}  held-out loss {post.content['held_out_loss']:.4f}")
-            elif post.kind == "samples":
-                self._write_samples(*post.content)
+            elif post.kind == "message":
+                self._console.say(post.content)
             elif post.kind == "membership":
                 self._membership, self._started = post.content, {}
                 self.ledger.membership(post.content["number"], post.content["from_step"], post.content["at"])
+            elif post.kind == "member":
+                self._tell_member(post.content)
             elif post.kind == "joined":
                 self.ledger.joined(*post.content)
             elif post.kind == "left":
                 self.ledger.left(*post.content)
             elif post.kind == "ledger":
                 self.ledger.record(post.content)
-            elif post.kind == "member":
-                self._tell_member(post.content)
-            elif post.kind == "message":
-                self._console.say(post.content)
-        self._tracker.log_metrics(rows)
+
+    def _keep(self, posts: list[Post]) -> None:
+        """What must last: metrics and samples; doing it again changes nothing."""
+        for post in posts:
+            if post.kind == "samples":
+                self._write_samples(*post.content)
+        rows = [post.content for post in posts if post.kind in ("step", "evaluation", "experts")]
+        self._tracker.log_metrics([{k: v for k, v in row.items() if k != "held_out_tokens"} for row in rows])
         if time.monotonic() - self._ledger_written > LEDGER_SECONDS:
             self._write_ledger()
 
@@ -153,6 +186,12 @@ class Recorder:
             text += f", {sum(parts.values()):.1f} s after the last ("
             text += ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()) + ")"
         self._console.say(f"{text}.")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is the storage's or the tracking server's, and trying again may help."""
+    packages = ("mlflow", "sqlalchemy", "sqlite3", "requests", "urllib3")
+    return isinstance(error, StorageError | OSError) or type(error).__module__.split(".")[0] in packages
 
 
 def _count(number: int, what: str) -> str:

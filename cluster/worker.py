@@ -66,6 +66,7 @@ class Worker:
         self.limit = 0  # sequences of a micro-batch; 0 is unknown
         self.phase: tuple[str, int, float] = ("idle", 0, time.monotonic())
         self.step_seconds = 0.0
+        self.membership_number = 0
         self._membership: MembershipLoop | None = None
         asked = time.monotonic()
         now = ray.get(self.board.now.remote())
@@ -86,8 +87,8 @@ class Worker:
 
     def run(self, membership: Membership, rank: int, given: Given | None) -> Outcome:
         """Step in ``membership`` until it ends; never raises."""
-        step = given.step if given else 0
-        self.enter("joining", step)
+        self.membership_number = membership.number
+        self.enter("joining", given.step if given else 0)
         self._membership = MembershipLoop(self, membership, rank)
         try:
             self._membership.enter(given)
@@ -164,7 +165,11 @@ class MembershipLoop:
         process_group.join(rank, self.world_size, local_rank, membership.address, self.device)
         joined = time.monotonic()
         worker.enter("engine")
-        state, memory = _unpacked(given) if given else (worker.held if rank == 0 and worker.held else (None, None))
+        if given is not None:
+            worker.held = _unpacked(given)
+        elif membership.source != worker.host:
+            worker.held = None  # a fresh start
+        state, memory = worker.held or (None, None)
         self.position = (
             Position(**memory["position"])
             if memory

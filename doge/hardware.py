@@ -20,7 +20,11 @@ _POWERCAP = Path("/sys/class/powercap")
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return cpu_name(torch.get_num_threads())
+
+
+def cpu_name(threads: int) -> str:
+    return f"CPU ({threads} thread{'s' * (threads != 1)})"
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from cluster.console import Console
+from cluster.forecast import dry_run
 from cluster.pretraining import pretrain
 from jobs.command import Command, main
 
@@ -33,8 +34,7 @@ class Pretrain(Command):
 
 def run(command: Pretrain) -> None:
     if command.dry_run:
-        command.settings.check()
-        Console(1, 1).table(command.settings.plan())
+        dry_run(command.settings, Console(1, 1))
     else:
         pretrain(command.settings, start_from=command.from_)
 

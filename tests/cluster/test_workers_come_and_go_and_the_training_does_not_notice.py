@@ -6,21 +6,30 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from nodes import Node, add_node, wait_until
 from small_runs import hosts, losses, members, samples, small_recipe
 
 from cluster.pretraining import pretrain
+from cluster.recipe import Recipe
 
-STEPS, SAVE_STEPS = 120, 10
+STEPS, SAVE_STEPS = 400, 10
 SEED = int(os.environ.get("DOGE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
 def elastic_recipe(storage, texts, workers):
     """Workers only on the test's own nodes, which have the resource ``seat``."""
-    training = {"max_steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": STEPS, "global_batch_size": 16}
+    training = {
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "eval_steps": STEPS,
+        "global_batch_size": 16,
+        "logging_steps": 100,
+    }
     scaling = {
         "num_workers": workers,
         "num_cpus_per_worker": 0,
@@ -31,21 +40,17 @@ def elastic_recipe(storage, texts, workers):
 
 
 class Disturbance(threading.Thread):
-    """Does something when the run reaches a step, and remembers what."""
+    """Does something when the run has made a step, and keeps what came of it."""
 
-    def __init__(self, step: int, act: Callable[[], object]):
+    def __init__(self, recipe: Recipe, step: int, act: Callable[[], object]):
         super().__init__(daemon=True)
+        self.samples = Path(recipe.storage, "runs", recipe.name, "samples")
         self.step, self.act, self.done = step, act, None
         self.start()
 
     def run(self) -> None:
-        while True:
-            try:
-                if max((host["step"] for host in members()), default=0) >= self.step:
-                    break
-            except ValueError:  # the run has not begun
-                pass
-            time.sleep(0.05)
+        while not list(self.samples.glob(f"step-{self.step:08d}-*")):
+            time.sleep(0.02)
         self.done = self.act() or True
 
 
@@ -91,8 +96,8 @@ def test_a_lost_worker_and_a_lost_rank_0_change_no_sample(nodes, undisturbed, te
     print(f"DOGE_TEST_SEED={SEED}")
     seeded = random.Random(SEED)
     recipe = elastic_recipe(tmp_path, texts, [1, 2])
-    worker = Disturbance(seeded.randrange(12, 50), lambda: kill_rank(1))
-    rank_0 = Disturbance(seeded.randrange(60, 100), lambda: kill_rank(0))
+    worker = Disturbance(recipe, seeded.randrange(12, 50), lambda: kill_rank(1))
+    rank_0 = Disturbance(recipe, seeded.randrange(60, 100), lambda: kill_rank(0))
     pretrain(recipe)
     assert worker.done
     assert rank_0.done
@@ -108,9 +113,9 @@ def test_a_node_that_dies_one_that_comes_and_one_that_is_announced_to_go(
     seeded = random.Random(SEED)
     recipe = elastic_recipe(tmp_path, texts, [1, 2])
     doomed = nodes.pop()
-    death = Disturbance(seeded.randrange(12, 30), doomed.kill)
-    arrival = Disturbance(60, lambda: add_node_meanwhile(ray_cluster.address))
-    departure = Disturbance(90, lambda: arrival.done.drain(deadline_s=30))
+    death = Disturbance(recipe, seeded.randrange(12, 30), doomed.kill)
+    arrival = Disturbance(recipe, 60, lambda: add_node_meanwhile(ray_cluster.address))
+    departure = Disturbance(recipe, 61, lambda: drain_meanwhile(arrival))
     pretrain(recipe)
     nodes.append(arrival.done)
     assert death.done
@@ -122,12 +127,26 @@ def test_a_node_that_dies_one_that_comes_and_one_that_is_announced_to_go(
 
 
 def add_node_meanwhile(address: str) -> Node:
-    """Add a node and hold the training, which takes seconds here, until a process there could take part."""
+    """Add a node, and hold the training, whose steps take milliseconds, until a process there could take part."""
+    with held_training():
+        node = add_node(address, {"seat": 1})
+        wait_until(lambda: any(host["node"] == node.node_id for host in hosts()), 120, "a process on the new node")
+    return node
+
+
+def drain_meanwhile(arrival: Disturbance) -> None:
+    """Announce that the new node goes, once it takes part, and hold the training until the run has heard it."""
+    wait_until(lambda: len(members()) == 2, 120, "the new node to take part")
+    with held_training():
+        arrival.done.drain(deadline_s=30)
+        wait_until(lambda: any(host["leaving"] for host in hosts()), 30, "the notice")
+
+
+@contextmanager
+def held_training() -> Iterator[None]:
     trainer = members()[0]["pid"]
     os.kill(trainer, signal.SIGSTOP)
     try:
-        node = add_node(address, {"seat": 1})
-        wait_until(lambda: any(host["node"] == node.node_id for host in hosts()), 120, "a process on the new node")
+        yield
     finally:
         os.kill(trainer, signal.SIGCONT)
-    return node

@@ -47,42 +47,24 @@ def stays_running(pid: int, seconds: float = 0.5) -> bool:
 
 
 def runnable_seconds(pid: int) -> tuple[float, float]:
-    """Seconds that a process was on a CPU, and that it waited for one: what it was not stopped in."""
+    """Seconds that a process was on a CPU, and that it waited for one because others had it."""
     with open(f"/proc/{pid}/schedstat") as file:
         on_cpu, waited, _ = map(int, file.read().split())
     return on_cpu / 1e9, waited / 1e9
 
 
-def measured_shares(pid: int, share: float, seconds: float, windows: int = 6) -> tuple[float, float, float]:
-    """Share of the CPU time that the process has when it runs freely, of the time, and as the throttle saw it.
-
-    Throttled and free windows take turns, so that whatever else the machine does meets both alike.
-    """
-    cpu = {True: 0.0, False: 0.0}
-    elapsed = {True: 0.0, False: 0.0}
-    runnable = allowed = 0.0
-    for window in range(2 * windows):
-        throttled = window % 2 == 0
-        throttle = Throttle(pid, share) if throttled else None
-        start, (cpu_before, waited_before) = time.monotonic(), runnable_seconds(pid)
-        time.sleep(seconds / windows)
-        end, (cpu_after, waited_after) = time.monotonic(), runnable_seconds(pid)
-        cpu[throttled] += cpu_after - cpu_before
-        elapsed[throttled] += end - start
-        if throttle:
-            runnable += cpu_after - cpu_before + waited_after - waited_before
-            allowed += throttle.end() * (end - start)
-    relative = cpu[True] / elapsed[True] / (cpu[False] / elapsed[False])
-    return relative, runnable / elapsed[True], allowed / elapsed[True]
-
-
 @pytest.mark.parametrize("share", [0.2, 1 / 3, 0.7])
 def test_a_throttled_process_gets_its_share(share):
-    with busy_process() as pid:
-        relative, runnable, allowed = measured_shares(pid, share, seconds=3.0)
-    print(f"asked {share:.3f}: CPU time {relative:.3f} of free, runnable {runnable:.3f}, allowed {allowed:.3f}")
-    assert allowed == pytest.approx(share, abs=0.03)
-    assert runnable == pytest.approx(share, abs=0.06)
+    with busy_process() as pid, throttle_process(pid, share) as throttle:
+        start, (cpu_before, waited_before) = time.monotonic(), runnable_seconds(pid)
+        time.sleep(3)
+        seconds, (cpu_after, waited_after) = time.monotonic() - start, runnable_seconds(pid)
+        assert throttle.end() == pytest.approx(share, abs=0.05)  # whoever stops it may itself wait for a CPU
+    cpu, waited = (cpu_after - cpu_before) / seconds, (waited_after - waited_before) / seconds
+    print(f"asked {share:.3f}: on a CPU {cpu:.3f}, waited for one {waited:.3f}")
+    # On an idle machine nothing is waited for, so both bounds hold for the CPU time; on a busy one it had its chance.
+    assert cpu < share + 0.05
+    assert cpu + waited > share - 0.05
 
 
 def test_a_process_is_throttled_inside_the_block_alone():
@@ -101,8 +83,8 @@ def test_a_process_is_throttled_inside_the_block_alone():
 
 def test_a_throttle_ends_by_itself_after_its_seconds():
     with busy_process() as pid:
-        throttle = Throttle(pid, 0.0, seconds=0.3)
-        assert is_stopped(pid)
+        throttle = Throttle(pid, 0.0, seconds=2.0)
+        wait_for(lambda: is_stopped(pid))
         wait_for(lambda: not is_stopped(pid))
         assert stays_running(pid)
         assert throttle.end() == 0.0
@@ -132,7 +114,7 @@ def test_a_killed_owner_leaves_nothing_stopped(share):
 def test_a_killed_holder_leaves_nothing_stopped():
     with busy_process() as pid:
         throttle = Throttle(pid, 0.0)
-        assert is_stopped(pid)
+        wait_for(lambda: is_stopped(pid))
         mark = str(pid)
         holders = [
             process
