@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.forecast import devices_of_machine, dry_run, forecast, known_speeds, remember_speeds
+from cluster.forecast import devices_of_machine, forecast, known_speeds, remember_speeds
 from cluster.recipe import Recipe
 from doge.recipe import from_dict
 from doge.storage import Storage
