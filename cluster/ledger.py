@@ -212,7 +212,7 @@ class Ledger:
             energy_kwh=sum(energy) if energy else None,
             cost=sum(costs) if costs else None,
             currency=recipe.currency,
-            unpriced=sorted({worker.device for worker in workers if recipe.price_per_hour(worker.device) is None}),
+            unpriced=sorted({w.device for w in workers if w.device and recipe.price_per_hour(w.device) is None}),
             workers=workers,
         )
 
