@@ -81,6 +81,7 @@ class Coordinator:
         self._over = asyncio.Event()
         self._number = 0
         self._reached = 0  # steps that were made, in whatever membership
+        self._at_work = False  # the present membership has taken up the state and steps
         self._failures = 0  # in a row, without a new step
         self._members: list[HostRecord] = []
         self._holder: HostRecord | None = None  # of the newest state
@@ -218,7 +219,7 @@ class Coordinator:
         """Watch a membership's hosts until each has ended it or is lost."""
         outcomes: dict[HostRecord, Outcome] = {}
         pending = set(calls)
-        asked_to_leave, ended_at, woken, at_work = False, None, False, False
+        asked_to_leave, ended_at, woken, self._at_work = False, None, False, False
         while pending:
             change = asyncio.create_task(self._wait_for_change(WATCH_SECONDS))
             done, _ = await asyncio.wait({*pending, change}, return_when=asyncio.FIRST_COMPLETED)
@@ -247,10 +248,10 @@ class Coordinator:
                         if host.answers():
                             self._lose(host, "it could not be woken from waiting for a lost one")
                 continue
+            if not self._at_work and all(self._steps(host) for host in calls.values()):
+                self._at_work = True
+                self._dismiss()  # the state has reached all: who had it may go
             self._employ()
-            if not at_work and all(self._at_work(host) for host in calls.values()):
-                at_work = True  # the state has reached all: who had it may go
-                self._dismiss()
             if not asked_to_leave and self._should_change(list(calls.values())):
                 asked_to_leave = True
                 for host in remaining:
@@ -326,7 +327,7 @@ class Coordinator:
             if node in self._leaving:
                 continue
             alive = [host for host in self._hosts.values() if host.node == node and not host.lost.is_set()]
-            if self._members and self._reached > 0:
+            if self._at_work:
                 number += self._scaling.warm_spares
             for place in range(len(alive), number):
                 self._start(node, spare=place >= per_node[node])
@@ -338,7 +339,7 @@ class Coordinator:
         self._hosts[name] = host
         self._begin(self._prepare(host))
 
-    def _at_work(self, host: HostRecord) -> bool:
+    def _steps(self, host: HostRecord) -> bool:
         """Whether a member of the present membership has taken up the state."""
         status = host.status
         return status.get("membership") == self._number and status["phase"] not in ("idle", "joining", "engine")

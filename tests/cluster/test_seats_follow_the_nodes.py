@@ -108,7 +108,7 @@ def test_the_seats_of_a_draining_node_move(node, tmp_path):
         leaving, staying = (first, second) if ray.get(hall.nodes.remote()) == [first.node_id] else (second, first)
         leaving.drain(300)
         print(f"\nseat moved off a draining node after {wait_for_seats(hall, [staying], 40):.1f} s")
-        assert possible_workers(SEAT, busy=False) == 1
+        assert possible_workers(Seats(SEAT)) == 1
 
 
 def test_a_run_without_room_for_its_fewest_workers_says_so(ray_cluster, tmp_path):

@@ -1,0 +1,61 @@
+"""A worker that hangs, a second driver of the same run, a loss that turns NaN."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import losses, members, samples, small_recipe
+
+from cluster.pretraining import pretrain
+from doge.errors import UserError
+
+HANG_SECONDS = 15  # three times what the second driver needs to see that the first one lives
+
+
+def at_step(recipe, step: int, act) -> threading.Thread:
+    """Call ``act`` in a thread once the run has made a step."""
+    folder = Path(recipe.storage, "runs", recipe.name, "samples")
+
+    def work() -> None:
+        while not list(folder.glob(f"step-{step:08d}-*")):
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster, texts, tmp_path, capsys):
+    """The run stands still while its worker does, so that the second driver certainly meets it."""
+    recipe = small_recipe(tmp_path, texts, scaling={"num_workers": 2, "hang_timeout_s": HANG_SECONDS})
+    refusals = []
+
+    def disturb() -> None:
+        os.kill(members()[1]["pid"], signal.SIGSTOP)
+        try:
+            pretrain(recipe)
+        except UserError as error:
+            refusals.append(str(error))
+
+    disturbance = at_step(recipe, 15, disturb)
+    pretrain(recipe)
+    disturbance.join(30)
+    out = capsys.readouterr().out
+    assert f"a worker was lost (no answer for {HANG_SECONDS} seconds)" in out
+    assert sorted(losses(recipe)) == list(range(1, 51))
+    assert sorted(samples(recipe)) == list(range(50))
+    assert len(refusals) == 1
+    assert "the training of small" in refusals[0]
+
+
+def test_a_loss_that_turns_nan_names_the_step_and_the_sequences(ray_cluster, texts, tmp_path):
+    recipe = small_recipe(
+        tmp_path, texts, optimizer={"lr": 1e30}, scaling={"num_workers": 1}, training={"max_steps": 20, "save_steps": 1}
+    )
+    with pytest.raises(UserError, match=r"In step (\d+) \(sequences \d+ to \d+\) the loss was (nan|inf)") as caught:
+        pretrain(recipe)
+    assert "the last checkpoint is of step" in str(caught.value)
