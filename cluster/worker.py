@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,7 @@ from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_s
 from doge.recipe import to_dict
 
 CPU_MICRO_BATCH = 8  # sequences; a CPU's memory is not probed
+FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends
 
 
 @dataclass
@@ -324,6 +326,9 @@ class MembershipLoop:
     def _check_finite(self, result: StepResult, step: int) -> None:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return
+        with suppress(Exception):  # rank 0's last good state may still be on its way to the storage
+            self._timed("commit", lambda: self.worker.checkpoints.wait(FAREWELL_SECONDS))
+        self.engine.tell_all([0.0])  # so that every rank names the same checkpoint
         first, steps = self.position.next_sequence, self.worker.checkpoints.steps()
         last = f"the last checkpoint is of step {steps[-1]:,}" if steps else "there is no checkpoint yet"
         raise UserError(

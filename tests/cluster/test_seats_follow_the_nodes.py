@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import ray
 from nodes import Node, add_node, wait_until
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.scaling import Seats, SeatTrainer, possible_workers
 from doge.errors import UserError
@@ -17,7 +18,6 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the seats can
 SEAT = {"CPU": 1, "seat": 1}  # the head has none of the second
 
 
-@ray.remote(num_cpus=0)
 class Hall:
     """Who sits where, as the latest group of seats says."""
 
@@ -59,7 +59,8 @@ def trainer(function: Callable, path, hall=None, **seats) -> SeatTrainer:
 @contextmanager
 def running(path, **seats):
     """Seats that are held in the background until the block ends."""
-    hall = Hall.remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    hall = ray.remote(Hall).options(num_cpus=0, scheduling_strategy=here).remote()  # nobody kills this node
     run = threading.Thread(target=trainer(sit, path, hall, **seats).fit, daemon=True)
     run.start()
     try:
