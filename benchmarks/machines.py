@@ -1,7 +1,7 @@
-"""Two machines in one: Ray nodes that are held to a core each, and real runs on them, watched from outside.
+"""Several machines in one: Ray nodes of this machine that come, drain and die, and real runs, seen from outside.
 
-A core of its own makes a worker compute with one thread, alone as beside others, and keeps a worker that is stopped
-from lending its core to the others, as between two machines.
+A node that is held to a core of its own makes its worker compute with one thread, alone as beside others, and keeps a
+worker that is stopped from lending its core to the others, as between two machines.
 """
 
 import json
@@ -15,15 +15,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-START_SECONDS = 120
 TINY = {
     "preset": "Doge-20M", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 1, "num_key_value_heads": 1, "initializer_range": 0.06,
@@ -127,12 +127,58 @@ class Run:
         return json.loads(Path(self.recipe.storage, "runs", self.recipe.name, "ledger.json").read_text())
 
 
-class Machines:
-    """A Ray cluster of this machine: a head without seats and ``nodes`` with one seat each; see `open_machines`."""
+@dataclass(frozen=True)
+class Node:
+    """A Ray node of this machine.
 
-    def __init__(self, folder: str, environment: dict[str, str], nodes: list[str], address: str):
+    Args:
+        node_id: Ray's.
+        address: of its cluster.
+        alive_at: monotonic time at which the cluster was seen to know it.
+    """
+
+    node_id: str
+    address: str
+    alive_at: float
+    process: subprocess.Popen
+
+    def kill(self) -> None:
+        """SIGKILL the raylet and every process of it, as when the machine loses its power."""
+        end(self.process)
+
+    def drain(self, deadline_s: float) -> None:
+        """Announce that the node will be taken away in ``deadline_s`` seconds, as `ray drain-node` does."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+        deadline_ms = int((time.time() + deadline_s) * 1000)
+        accepted, refusal = GcsClient(address=self.address).drain_node(
+            self.node_id, DRAIN_NODE_REASON_PREEMPTION, "it is taken away", deadline_ms
+        )
+        if not accepted:
+            raise RuntimeError(f"The notice was refused: {refusal}")
+
+
+class Machines:
+    """A Ray cluster of this machine: a head without seats, and nodes with a seat each; see `open_machines`."""
+
+    def __init__(self, folder: str, environment: dict[str, str], address: str):
         self.storage, self.environment = f"{folder}/doge", environment
-        self.nodes, self.address = nodes, address
+        self.address, self.nodes = address, list[Node]()
+        self._folder, self._started = folder, list[subprocess.Popen]()
+
+    def add_node(self, core: int | None = None) -> Node:
+        """Start node *i* with the resources "seat" and "seat-i", held to ``core`` if given; returns once Ray has it."""
+        import ray
+
+        seat = f"seat-{len(self.nodes)}"
+        resources, prefix = json.dumps({"seat": 1, seat: 1}), [] if core is None else ["taskset", "-c", str(core)]
+        process = self._start(f"--address={self.address}", "--num-cpus=1", f"--resources={resources}", prefix=prefix)
+        while not (known := [node for node in ray.nodes() if node["Alive"] and seat in node["Resources"]]):
+            self._check(process)
+            time.sleep(0.05)
+        self.nodes.append(Node(known[0]["NodeID"], self.address, time.monotonic(), process))
+        return self.nodes[-1]
 
     def prepare(self, recipe) -> None:
         """Make the data of a recipe, so that no run has to do it beside its training."""
@@ -140,13 +186,13 @@ class Machines:
         try:
             text, _ = job.communicate()
         finally:
-            _end(job)
+            end(job)
         if job.returncode:
             raise RuntimeError(f"Preparing the data failed:\n{text}")
 
     @contextmanager
     def run(self, recipe, echo: Callable[[str], None] = lambda line: None) -> Iterator[Run]:
-        """A run that has made its first step; it is ended with the block."""
+        """A run that has made its first step, each worker on one core; it is ended with the block."""
         run = Run(recipe, self.environment, echo)
         try:
             run.wait_for(1)
@@ -155,62 +201,70 @@ class Machines:
                     raise RuntimeError(f"Host {member['host']} is not held to one core.")
             yield run
         finally:
-            _end(run._process)
+            end(run._process)
+
+    def _start_head(self) -> None:
+        port = self.address.rpartition(":")[2]
+        head = self._start(
+            "--head", f"--port={port}", f"--temp-dir={self._folder}/ray", "--include-dashboard=false", "--num-cpus=2"
+        )
+        while "Ray runtime started" not in self._log(head).read_text():
+            self._check(head)
+            time.sleep(0.05)
+
+    def _start(self, *options: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
+        command = [*prefix, Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
+        with open(f"{self._folder}/node-{len(self._started)}.log", "w") as log:
+            process = subprocess.Popen(
+                [*command, "--object-store-memory=200000000"],
+                stdout=log,
+                stderr=log,
+                env=self.environment | {"RAY_ADDRESS": ""},
+                start_new_session=True,  # a signal to the command's group is for the command alone
+            )
+        self._started.append(process)
+        return process
+
+    def _log(self, process: subprocess.Popen) -> Path:
+        return Path(self._folder, f"node-{self._started.index(process)}.log")
+
+    def _check(self, process: subprocess.Popen) -> None:
+        """Raises RuntimeError if a node that starts has ended."""
+        if process.poll() is not None:
+            raise RuntimeError(f"Ray did not start:\n{self._log(process).read_text()}")
+
+    def _end(self) -> None:
+        for process in reversed(self._started):
+            end(process)
 
 
 @contextmanager
-def open_machines(number: int = 2) -> Iterator[Machines]:
-    """Start a head and ``number`` nodes, node *i* on core *i* with the resources "seat" and "seat-i"; end them."""
-    cores = sorted(os.sched_getaffinity(0))
+def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]:
+    """Start a head, to which this process is connected, and ``number`` nodes, and end them.
+
+    With ``own_cores`` node *i* is held to core *i*.
+    """
+    cores: list[int | None] = sorted(os.sched_getaffinity(0)) if own_cores else [None] * number
     if len(cores) < number:
         raise SystemExit(f"{number} nodes need {number} cores, but this process has {len(cores)}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the blocks that end what was started
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    os.environ |= token
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
-    started: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory(prefix="doge-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short paths
-        address = f"127.0.0.1:{_free_port()}"
-        environment = os.environ | {"DOGE_HOME": f"{folder}/doge", "RAY_ADDRESS": address}
-
-        def start(*options: str, core: int | None = None) -> None:
-            command = [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
-            command += ["--object-store-memory=500000000"]
-            prefix = [] if core is None else ["taskset", "-c", str(core)]
-            with open(f"{folder}/node-{len(started)}.log", "w") as log:
-                started.append(
-                    subprocess.Popen(
-                        [*prefix, *command],
-                        stdout=log,
-                        stderr=log,
-                        env=environment | {"RAY_ADDRESS": ""},
-                        start_new_session=True,  # a signal to the command's group is for the command alone
-                    )
-                )
-
-        def ready(place: int) -> bool:
-            log = Path(folder, f"node-{place}.log").read_text()
-            if started[place].poll() is not None:
-                raise RuntimeError(f"Ray did not start:\n{log}")
-            return "Ray runtime started" in log
-
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        machines = Machines(folder, os.environ | {"DOGE_HOME": f"{folder}/doge", "RAY_ADDRESS": address}, address)
         try:
-            port = address.rpartition(":")[2]
-            start("--head", f"--port={port}", f"--temp-dir={folder}/ray", "--include-dashboard=false", "--num-cpus=2")
-            _wait_until(lambda: ready(0), "the head")
-            for place in range(number):
-                resources = json.dumps({"seat": 1, f"seat-{place}": 1})
-                start(f"--address={address}", "--num-cpus=0", f"--resources={resources}", core=cores[place])
-                _wait_until(lambda: ready(len(started) - 1), "a node")
+            machines._start_head()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            _wait_until(lambda: ray.cluster_resources().get("seat") == number, "the seats")
-            seats = {name: node["NodeID"] for node in ray.nodes() for name in node["Resources"]}
-            yield Machines(folder, environment, [seats[f"seat-{place}"] for place in range(number)], address)
+            for core in cores[:number]:
+                machines.add_node(core)
+            yield machines
         finally:
             ray.shutdown()
-            for process in reversed(started):
-                _end(process)
+            machines._end()
 
 
 def _job(name: str, recipe, environment: dict[str, str]) -> subprocess.Popen:
@@ -232,7 +286,7 @@ def _job(name: str, recipe, environment: dict[str, str]) -> subprocess.Popen:
     )
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """SIGKILL a process that was started here, with all its children, and wait until they are gone."""
     if process.poll() is None:
         family = [*psutil.Process(process.pid).children(recursive=True), process]
@@ -241,17 +295,3 @@ def _end(process: subprocess.Popen) -> None:
                 each.kill()
         psutil.wait_procs(family[:-1], timeout=10)
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"Waited {START_SECONDS} s for {what}.")
-        time.sleep(0.2)

@@ -26,9 +26,7 @@ import argparse
 import inspect
 import json
 import os
-import secrets
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,13 +35,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import yaml
+from machines import end, open_machines
 
 from cluster.recipe import Recipe
 from doge.recipe import from_dict, to_yaml
@@ -106,117 +103,6 @@ def train(recipe_path: str, notes_path: str) -> None:
 
     Ledger.record = noting
     pretrain(from_dict(Recipe, yaml.safe_load(Path(recipe_path).read_text())))
-
-
-# ---------------------------------------------------------------- the cluster
-
-
-@dataclass
-class Node:
-    process: subprocess.Popen
-    node_id: str = ""
-    alive_at: float = 0.0  # monotonic time at which the cluster was seen to know it
-
-    def kill(self) -> None:
-        """SIGKILL the raylet and every process of it."""
-        kill_tree(self.process)
-
-
-@dataclass
-class Cluster:
-    address: str
-    nodes: list[Node] = field(default_factory=list)
-
-    def add_node(self) -> Node:
-        """Start a node with a seat and wait until `ray.nodes()` has it."""
-        import ray
-
-        mark = f"mark-{secrets.token_hex(4)}"
-        node = Node(
-            ray_start(
-                f"--address={self.address}", "--num-cpus=1", f"--resources={json.dumps({'seat': 1, mark: 1})}",
-                "--object-store-memory=100000000",
-            )
-        )  # fmt: skip
-        self.nodes.append(node)
-
-        def known() -> bool:
-            alive = [known for known in ray.nodes() if known["Alive"] and mark in known["Resources"]]
-            node.node_id, node.alive_at = alive[0]["NodeID"] if alive else "", time.monotonic()
-            return bool(alive)
-
-        wait_until(known, 60, "the node to start")
-        return node
-
-    def drain(self, node: Node, deadline_s: float) -> None:
-        """Announce that the node will be taken away in ``deadline_s`` seconds, as `ray drain-node` does."""
-        from ray._raylet import GcsClient
-        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-
-        accepted, refusal = GcsClient(address=self.address).drain_node(
-            node.node_id, DRAIN_NODE_REASON_PREEMPTION, "it is taken away", int((time.time() + deadline_s) * 1000)
-        )
-        if not accepted:
-            raise RuntimeError(f"The notice was refused: {refusal}")
-
-
-@contextmanager
-def cluster() -> Iterator[Cluster]:
-    """A head without seats, to which this process is connected, and two nodes."""
-    import ray
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="doge-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        head = ray_start(
-            "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}",
-            "--object-store-memory=200000000",
-        )  # fmt: skip
-        started = Cluster(f"127.0.0.1:{port}")
-        try:
-            wait_until(lambda: head.poll() is not None or answers(port), 60, "the head to start")
-            if head.poll() is not None:
-                raise RuntimeError(f"ray start ended with {head.poll()}")
-            ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
-            for _ in range(2):
-                started.add_node()
-            yield started
-        finally:
-            ray.shutdown()
-            for node in started.nodes:
-                node.kill()
-            kill_tree(head)
-
-
-def ray_start(*options: str) -> subprocess.Popen:
-    command = [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
-    environment = os.environ | {"RAY_ADDRESS": ""}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-
-
-def answers(port: int) -> bool:
-    with suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), 1).close()
-        return True
-    return False
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    with suppress(psutil.NoSuchProcess):
-        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-    process.wait()
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Raises TimeoutError, with ``what`` was waited for."""
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > timeout_s:
-            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
-        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------- one run and its events
@@ -358,12 +244,21 @@ class Run:
         wait_until(done, timeout_s, what)
 
 
+def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Raises TimeoutError, with ``what`` was waited for."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > timeout_s:
+            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
+        time.sleep(0.05)
+
+
 def measure_run(
     side: str, storage: Path, round_number: int, options: argparse.Namespace
 ) -> Iterator[tuple[str, Result]]:
     """One run of one side; yields every event with what came of it."""
     rank = round_number % 2
-    with cluster() as machines:
+    with open_machines(2, own_cores=False) as machines:
         run = Run(side, storage, f"{side}-{round_number}", options.save_steps, machines.address)
         try:
             run.settle(2, options.settle_s)
@@ -388,18 +283,18 @@ def measure_run(
                 return
             run.settle(2, options.settle_s)
             began = time.monotonic()
-            machines.drain(node, options.notice_s)
-            end = threading.Timer(options.notice_s, node.kill)
-            end.start()
+            node.drain(options.notice_s)
+            timer = threading.Timer(options.notice_s, node.kill)
+            timer.start()
             try:
                 yield tell(run, "announced", round_number, run.measure(began, 1))
             finally:
-                end.cancel()
+                timer.cancel()
         except BaseException:
             say("\n".join(run.log.read_text().splitlines()[-15:]))
             raise
         finally:
-            kill_tree(run.driver)
+            end(run.driver)
 
 
 def tell(run: Run, event: str, round_number: int, result: Result) -> tuple[str, Result]:
@@ -477,8 +372,6 @@ def main() -> None:
     if options.train:
         train(*options.train)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the blocks that end what was started
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     results: dict[str, dict[str, list[Result]]] = {side: {event: [] for event in EVENTS} for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="recovery-", ignore_cleanup_errors=True) as folder:
         storage = Path(options.logs or folder).resolve()

@@ -71,12 +71,12 @@ def recipe(arguments: argparse.Namespace, storage: str, setting: Setting, name: 
 
 def measure(machines: Machines, arguments: argparse.Namespace, setting: Setting, name: str) -> tuple[float, float]:
     """Tokens per second of one training, and the share of the time that the throttled worker ran."""
-    from cluster.chaos import throttle_process
+    from cluster.throttle import throttle_process
 
     first = setting.skipped
     last = first + setting.steps(arguments.steps)
     with machines.run(recipe(arguments, machines.storage, setting, name, last)) as run:
-        slow = [member["pid"] for member in run.members() if member["node"] == machines.nodes[1]]
+        slow = [member["pid"] for member in run.members() if member["node"] == machines.nodes[1].node_id]
         with throttle_process(slow[0], arguments.share, arguments.period) if slow else nullcontext() as throttle:
             run.wait_for(last, timeout=3600)
         run.finish()

@@ -21,12 +21,10 @@ import math
 import os
 import secrets
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Annotated, Any, Literal, get_args
@@ -34,10 +32,10 @@ from typing import Annotated, Any, Literal, get_args
 import psutil
 import tyro
 
+from cluster.throttle import Throttle, check_hold
 from doge.errors import UserError
 
 Kind = Literal["kill-worker", "kill-rank-0", "kill-node", "pause", "throttle"]
-PERIOD = 0.05  # seconds between two stops of a throttled process
 PATIENCE = 10.0  # seconds that an event waits for a worker that trains
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 20.0  # an agent that says nothing for so long is lost
@@ -116,117 +114,7 @@ def choose_node(members: Iterable[Victim], protected: Iterable[str], seed: int, 
     return Random(f"{seed}/{number}").choice(candidates) if candidates else None
 
 
-# ---------------------------------------------------------------- stopped processes
-
-# Stops a process again and again, in a process of its own. That one is nobody's child, since Ray kills the children of
-# a worker that it ends; and once its input closes, as it does when its owner dies, it continues the process and ends.
-# It plans by what was, so that being late itself does not add up.
-_HOLD = """
-import os, select, sys, time
-if os.fork():
-    os._exit(0)
-import psutil
-
-now = time.monotonic
-share, seconds, period = map(float, sys.argv[2:])
-victim = psutil.Process(int(sys.argv[1]))
-start, ran = now(), 0.0
-
-
-def over(wait):
-    left = start + seconds - now()
-    return bool(select.select([0], [], [], max(0.0, min(wait, left, 1e6)))[0]) or now() >= start + seconds
-
-
-try:
-    victim.suspend()
-    print("stopped", flush=True)
-    while not over(ran / share - (now() - start) + (1 - share) * period if share else 1e6):
-        victim.resume()
-        resumed = now()
-        done = over((share * (resumed - start) - ran) / (1 - share))
-        if not done:
-            victim.suspend()
-        ran += now() - resumed
-        if done:
-            break
-finally:
-    victim.resume()
-    with open(1, "w") as answer:
-        answer.write(str(ran / (now() - start)))
-"""
-
-
-class Throttle:
-    """A process of this machine that is stopped (SIGSTOP) and continued (SIGCONT) in turns, until `end`.
-
-    Args:
-        pid: of the process.
-        share: of the time in which it may run; 0 stops it altogether.
-        seconds: after which it runs freely again by itself.
-        period: seconds between two stops.
-
-    Raises:
-        ProcessLookupError: there is no such process, or it may not be stopped.
-    """
-
-    def __init__(self, pid: int, share: float, seconds: float = math.inf, period: float = PERIOD):
-        self.pid = pid
-        self.achieved = math.nan
-        """Share of the time in which the process could run, once that is over; nan if it is not known."""
-        command = [sys.executable, "-c", _HOLD, *map(str, (pid, share, seconds, period))]
-        pipe = subprocess.PIPE
-        self._holder = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        stopped = self._holder.stdout.readline()
-        self._watch = threading.Thread(target=self._wait, daemon=True)
-        self._watch.start()
-        if not stopped:
-            self.end()
-            raise ProcessLookupError(f"There is no process {pid} that may be stopped.")
-
-    def end(self) -> float:
-        """Let the process run freely and return the share achieved."""
-        self._holder.stdin.close()
-        self._watch.join()
-        self._holder.wait()
-        return self.achieved
-
-    def _wait(self) -> None:
-        answer = self._holder.stdout.read()
-        self._holder.stdout.close()
-        if answer:
-            self.achieved = float(answer)
-        else:  # whoever stopped it was killed
-            with suppress(OSError):
-                os.kill(self.pid, signal.SIGCONT)
-
-
-@contextmanager
-def throttle_process(pid: int, share: float, period: float = PERIOD) -> Iterator[Throttle]:
-    """Give a process of this machine ``share`` of its time inside the block; no Ray needed.
-
-    The process is stopped before the block begins and runs freely after it. If this process dies meanwhile, even by
-    SIGKILL, so does the throttle.
-
-    Raises:
-        UserError: the share is not between 0 and 1.
-        ProcessLookupError: there is no such process, or it may not be stopped.
-    """
-    _check_hold(share, period)
-    throttle = Throttle(pid, share, period=period)
-    try:
-        yield throttle
-    finally:
-        throttle.end()
-
-
-def _check_hold(share: float, seconds: float) -> None:
-    if not 0 <= share < 1:
-        raise UserError(f"A share of a worker's time is at least 0 and below 1, not {share}.")
-    if not seconds > 0:
-        raise UserError(f"A worker is held for more than 0 seconds, not {seconds}.")
+# ---------------------------------------------------------------- the nodes
 
 
 class Agent:
@@ -467,7 +355,7 @@ class Chaos:
         return victim
 
     def _hold(self, kind: Kind, rank: int | None, share: float, seconds: float) -> Done:
-        _check_hold(share, seconds)
+        check_hold(share, seconds)
         victim = self._victim(rank)
         self._order(victim.node, "hold", victim.pid, share, seconds)
         self._held_until = max(self._held_until, time.monotonic() + seconds)
@@ -598,7 +486,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-        _check_hold(self.throttle_share, self.throttle_seconds)
+        check_hold(self.throttle_share, self.throttle_seconds)
         if not self.kinds:
             raise UserError(f"--kinds needs at least one of {_list(list(get_args(Kind)))}.")
         if any(not 0 <= at < math.inf for at, _ in self.at):
@@ -645,7 +533,8 @@ def main() -> None:
     from doge.recipe import parse
 
     try:
-        disturb(parse(Settings, Settings(), sys.argv[1:], __doc__), lambda line: print(line, flush=True))
+        settings = parse(Settings, Settings(), sys.argv[1:], __doc__, "python -m cluster.chaos")
+        disturb(settings, lambda line: print(line, flush=True))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

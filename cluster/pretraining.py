@@ -223,8 +223,8 @@ class Run:
         if self.start_from is None:
             return
         from doge.checkpoint import load_checkpoint
-        from doge.engine import check_fits
         from doge.modeling import build_model
+        from doge.train_state import check_fits
 
         state, self._start = load_checkpoint(Storage(self.start_from))
         check_fits(state, build_model(self.recipe.model.build()))

@@ -24,13 +24,14 @@ from data_pipelines.reader import Batch, Reader
 from doge import process_group
 from doge.checkpoint import Checkpoints, load_checkpoint
 from doge.configuration import flops_per_token
-from doge.engine import Engine, OutOfMemory, StepResult, TrainState
+from doge.engine import Engine, OutOfMemory, StepResult
 from doge.errors import UserError
 from doge.experts import pop_expert_usage, track_expert_usage
 from doge.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops, use_cores
 from doge.modeling import build_model
 from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
+from doge.train_state import TrainState
 
 CPU_MICRO_BATCH = 8  # sequences; a CPU's memory is not probed
 FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from doge.engine import MOMENTS, TrainState
 from doge.errors import UserError
 from doge.storage import Storage, StorageError, sha256
+from doge.train_state import MOMENTS, TrainState
 
 _MANIFEST, _STATE, _PARAMETERS = "manifest.json", "state.json", "parameters"
 GRACE_SECONDS = 2.0  # that a healthy write gets before a newer state may replace those that wait

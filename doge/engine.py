@@ -7,7 +7,7 @@ that it can be carried to an engine of any other size and ZeRO stage.
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +19,7 @@ from doge.errors import UserError
 from doge.optimizer import OptimizerRecipe
 from doge.probe import OutOfMemory, fits, nothing_fits
 from doge.step_clock import StepClock
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from doge.train_state import TrainState, check_fits, fill_moments, gather, restore
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,6 @@ class EngineRecipe:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-@dataclass
-class TrainState:
-    """What a run is, apart from its recipe: copies in host memory, complete on rank 0.
-
-    ``parameters`` and each of ``moments`` map parameter names to fp32 tensors; ``step`` counts updates made.
-    """
-
-    step: int
-    parameters: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
-
-
 @dataclass(frozen=True)
 class StepResult:
     loss: float
@@ -73,22 +60,6 @@ class StepResult:
     """
     wait_seconds: float = 0.0
     """In collectives: waiting for other ranks, and the communication itself."""
-
-
-def check_fits(state: TrainState, model: torch.nn.Module) -> None:
-    """Raise UserError unless the state is one of this very model."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name in sorted(shapes.keys() | state.parameters.keys()):
-        found = state.parameters[name].shape if name in state.parameters else None
-        if shapes.get(name) != found:
-            raise UserError(
-                f"The checkpoint is of another model: {name} is {_shape(found)} there and {_shape(shapes.get(name))} "
-                "in the recipe; choose the recipe's model to match."
-            )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else "×".join(map(str, shape))
 
 
 class Engine:
@@ -133,9 +104,10 @@ class Engine:
         if recipe.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip(optimizer.max_grad_norm))
         self.step_count = 0
-        self._fill_moments(0 if state is None else state.step)
+        fill_moments(self._engine, 0 if state is None else state.step)
         if state is not None:
-            self._restore(state)
+            self.step_count = state.step
+            restore(self._engine, state)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -282,64 +254,7 @@ class Engine:
 
     def state(self) -> TrainState | None:
         """The full state as copies in host memory on rank 0, None elsewhere; every rank must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameters: dict[str, torch.Tensor] = {}
-        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, parameter in self._named_parameters():
-            plain = self._plain_state(parameter)
-            full = plain["parameter"] if plain else safe_get_full_fp32_param(parameter)
-            states = {
-                moment: plain[moment] if plain else safe_get_full_optimizer_state(parameter, moment)
-                for moment in MOMENTS
-            }
-            if self.rank == 0:
-                parameters[name] = full.detach().to("cpu", torch.float32, copy=True)
-                for moment, value in states.items():
-                    moments[moment][name] = value.detach().to("cpu", torch.float32, copy=True)
-        return TrainState(self.step_count, parameters, moments) if self.rank == 0 else None
-
-    def _fill_moments(self, step: int) -> None:
-        """Give AdamW its state before the first step: DeepSpeed links only the first parameter group's otherwise."""
-        optimizer = self._engine.optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)
-        for partition in self._partitions():
-            inner.state[partition] = {"step": torch.tensor(float(step))} | {
-                moment: torch.zeros_like(partition, dtype=torch.float32) for moment in MOMENTS
-            }
-        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    @torch.no_grad()
-    def _restore(self, state: TrainState) -> None:
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        self.step_count = state.step
-        for name, parameter in self._named_parameters():
-            weight = state.parameters[name].to(self.device)
-            values = {moment: state.moments[moment][name].to(self.device) for moment in MOMENTS}
-            if hasattr(parameter, "ds_id"):  # the full setters fail where a parameter does not divide by the ranks
-                safe_set_local_fp32_param(parameter, self._own_part(weight, parameter))
-                for moment, value in values.items():
-                    safe_set_local_optimizer_state(parameter, self._own_part(value, parameter), moment)
-            elif (plain := self._plain_state(parameter)) is not None:
-                for moment, value in values.items():
-                    plain[moment].copy_(value)
-            else:
-                safe_set_full_fp32_param(parameter, weight)
-                for moment, value in values.items():
-                    safe_set_full_optimizer_state(parameter, value, moment)
-
-    def _own_part(self, value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """This rank's partition of a full tensor under ZeRO 3, the last one padded with zeros."""
-        size = parameter.partition_numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-        return padded.narrow(0, size * self.rank, size)
+        return gather(self._engine, self.step_count)
 
     def _clip(self, max_norm: float):
         def hook(optimizer, *_) -> None:
@@ -347,27 +262,6 @@ class Engine:
             self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
         return hook
-
-    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
-
-    def _partitions(self) -> list[torch.Tensor]:
-        """The fp32 tensors that the inner AdamW updates on this rank."""
-        optimizer = self._engine.optimizer
-        for attribute in (
-            "fp32_partitioned_groups_flat",  # ZeRO 3
-            "single_partition_of_fp32_groups",  # ZeRO 1 and 2
-            "fp32_groups_flat_partition",  # ZeRO 1 in bf16
-        ):
-            if hasattr(optimizer, attribute):
-                return list(getattr(optimizer, attribute))
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def _plain_state(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor] | None:
-        """Parameter and moments where AdamW holds them itself (ZeRO 0), else None."""
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            return None
-        return {"parameter": parameter} | {m: self._engine.optimizer.state[parameter][m] for m in MOMENTS}
 
     @property
     def _gathers_aside(self) -> bool:

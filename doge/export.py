@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from doge.configuration import DogeConfig
-from doge.engine import TrainState, check_fits
 from doge.modeling import DogeForCausalLM, build_model
 from doge.storage import Storage
+from doge.train_state import TrainState, check_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -92,17 +92,18 @@ def flatten(recipe: Any) -> dict[str, Any]:
     return dict(_leaves(to_dict(recipe), ""))
 
 
-def parse(command: type[T], default: T, arguments: Sequence[str], description: str) -> T:
+def parse(command: type[T], default: T, arguments: Sequence[str], description: str, usage: str = "") -> T:
     """Parse a command line over the dataclass tree ``command``, whose values start from ``default``.
 
-    Exits with status 0 after ``--help``. Raises UserError for an unknown option, naming the nearest.
+    ``usage`` is how the command is called, by default as the file that runs. Exits with status 0 after ``--help``.
+    Raises UserError for an unknown option, naming the nearest.
     """
     parsed, unknown = tyro.cli(
         command,
         default=default,
         args=list(arguments),
         description=description,
-        prog=f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}",
+        prog=usage or f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}",
         return_unknown_args=True,
     )
     if unknown:

@@ -18,9 +18,9 @@ import torch
 
 from cluster.storage import CHUNK_BYTES, FileServer, share
 from doge.checkpoint import Checkpoints
-from doge.engine import MOMENTS, TrainState
 from doge.errors import UserError
 from doge.storage import Storage, StorageError
+from doge.train_state import MOMENTS, TrainState
 
 
 @pytest.fixture(scope="module")

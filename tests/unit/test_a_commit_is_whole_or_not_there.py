@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 
 from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
-from doge.engine import MOMENTS, TrainState, check_fits
 from doge.errors import UserError
 from doge.storage import Storage
+from doge.train_state import MOMENTS, TrainState, check_fits
 
 
 def state(step: int) -> TrainState:

@@ -10,9 +10,9 @@ import torch
 
 from doge import checkpoint as checkpoints_module
 from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
-from doge.engine import MOMENTS, TrainState
 from doge.errors import UserError
 from doge.storage import Storage, StorageError
+from doge.train_state import MOMENTS, TrainState
 
 
 def state(step: int) -> TrainState:
@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_is_tried_again(tmp_path):
 import os, torch
 from pathlib import Path
 from doge import checkpoint
-from doge.engine import MOMENTS, TrainState
+from doge.train_state import MOMENTS, TrainState
 from doge.storage import Storage
 checkpoint.FIRST_PAUSE_SECONDS = 0.1
 root, said = Path({str(tmp_path)!r}), []
