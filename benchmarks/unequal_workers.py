@@ -2,12 +2,12 @@
 
     python benchmarks/unequal_workers.py --rounds 3
 
-Two Ray nodes of one core each. The worker of the second is stopped and continued from outside, a third of the time
-running, so that nothing in the training knows of it. Each round trains four times by turns: both with shares that
-follow the measured speeds, both with equal shares, the first worker alone, and the second alone, throttled as in the
-pair. Speeds are tokens over the time between the ends of two steps, seen from outside; the steps before the first of
-them, in which the speeds are learned, do not count. Efficiency is the pair's speed over the sum of the two alone. The
-last line is one JSON object of medians over the rounds.
+Two Ray nodes of one core each, on which Ray's own processes yield to the workers. The worker of the second is stopped
+and continued from outside, a third of the time running, so that nothing in the training knows of it. Each round trains
+four times by turns: both with shares that follow the measured speeds, both with equal shares, the first worker alone,
+and the second alone, throttled as in the pair. Speeds are tokens over the time between the ends of two steps, seen from
+outside; the steps before the first of them, in which the speeds are learned, do not count. Efficiency is the pair's
+speed over the sum of the two alone. The last line is one JSON object of medians over the rounds.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def measure(machines: Machines, arguments: argparse.Namespace, setting: Setting,
     first = setting.skipped
     last = first + setting.steps(arguments.steps)
     with machines.run(recipe(arguments, machines.storage, setting, name, last)) as run:
+        machines.favor(run)
         slow = [member["pid"] for member in run.members() if member["node"] == machines.nodes[1].node_id]
         with throttle_process(slow[0], arguments.share, arguments.period) if slow else nullcontext() as throttle:
             run.wait_for(last, timeout=3600)
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1 / 3, help="of its time, for the slow one (default: a third)")
     parser.add_argument("--period", type=float, default=0.04, help="seconds between two stops (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--global-batch-size", type=int, default=32, help="sequences (default: %(default)s)")
+    parser.add_argument("--global-batch-size", type=int, default=64, help="sequences (default: %(default)s)")
     arguments = parser.parse_args()
     speeds: dict[str, list[float]] = {setting.label: [] for setting in SETTINGS}
     ran: list[float] = []
