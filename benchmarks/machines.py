@@ -207,14 +207,19 @@ class Machines:
         """Let all else that belongs to the cluster and the run's driver yield to the hosts that train now.
 
         Of Ray's processes there are as many as on several machines, but they share the cores of one. A host that starts
-        later yields as well.
+        later yields as well. Linux weighs niceness within a session only, so that whole sessions yield too.
         """
         favored = {member["pid"] for member in run.members()}
+        sessions = {os.getsid(pid) for pid in favored}
         for root in [*self._started, run._process]:
             for process in [psutil.Process(root.pid), *psutil.Process(root.pid).children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    for thread in process.threads() if process.pid not in favored else []:
+                with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
+                    if process.pid in favored:
+                        continue
+                    for thread in process.threads():
                         os.setpriority(os.PRIO_PROCESS, thread.id, 19)
+                    if os.getsid(process.pid) not in sessions:
+                        Path(f"/proc/{process.pid}/autogroup").write_text("19")
 
     def _start_head(self) -> None:
         port = self.address.rpartition(":")[2]
