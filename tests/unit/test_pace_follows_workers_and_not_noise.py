@@ -89,10 +89,10 @@ def test_unknown_speeds_are_found_in_a_few_steps(speeds, batch, equal):
     pace = Pace(batch, limits, equal, [None] * len(speeds))
     for _ in range(2 + 2 * STEPS_BETWEEN):
         pace.observe(took(pace.shares.counts, speeds))
-    ideal = plan_shares(batch, speeds, limits, equal).seconds(speeds)
-    most = max(pace.shares.seconds(speeds), ideal)
-    if all(pace.shares.counts):  # others are being found one by one, see the idle workers below
-        assert most <= 1.15 * ideal
+    ideal = plan_shares(batch, speeds, limits, equal)
+    # A worker without sequences is tried now and then, at the cost of a step: see the idle workers below.
+    if all(ideal.counts) and all(pace.shares.counts):
+        assert pace.shares.seconds(speeds) <= 1.15 * ideal.seconds(speeds)
 
 
 def test_a_warm_up_is_believed_halfway_and_then_forgotten():
