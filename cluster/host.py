@@ -64,12 +64,13 @@ class Host:
 
     @ray.method(concurrency_group="loop")
     def prepare(self, config: HostConfig) -> HostInfo:
-        """Import everything and open the data."""
+        """Import everything, open the data, and do once what would make a first step slow."""
         if not config.use_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from cluster.worker import Worker
 
         self._worker = Worker(config, self.name, self._leave)
+        self._worker.warm_up()
         return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address())
 
     @ray.method(concurrency_group="loop")

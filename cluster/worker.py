@@ -32,6 +32,7 @@ from doge.modeling import build_model
 from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
 from doge.train_state import TrainState
+from doge.warm_up import warm_up
 
 CPU_MICRO_BATCH = 8  # sequences; a CPU's memory is not probed
 FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends
@@ -64,6 +65,7 @@ class Worker:
         self.checkpoints = Checkpoints(
             config.storage / f"runs/{self.recipe.name}/checkpoints", self.recipe.training.save_total_limit, self.say
         )
+        self.device = torch.device("cuda", 0) if config.use_gpu else torch.device("cpu")
         self.held: tuple[TrainState, dict[str, Any]] | None = None  # the newest state that this host gathered
         self.speed = 0.0  # sequences per second; 0 is unknown
         self.limit = 0  # sequences of a micro-batch; 0 is unknown
@@ -81,6 +83,11 @@ class Worker:
         membership = self._membership
         engine = membership.engine if membership is not None else None
         return engine is not None and engine.waiting
+
+    def warm_up(self) -> None:
+        """Do once what would make a first step slow."""
+        recipe = self.recipe
+        warm_up(recipe.model, recipe.optimizer, recipe.engine, self.device)
 
     def enter(self, phase: str, step: int = 0) -> None:
         self.phase = (phase, step, time.monotonic())
@@ -164,7 +171,7 @@ class MembershipLoop:
         began, worker, membership, rank = time.monotonic(), self.worker, self.membership, self.rank
         local_rank, local_size = membership.local_rank(rank)
         use_cores(local_size)
-        self.device = torch.device("cuda", 0) if worker.config.use_gpu else torch.device("cpu")
+        self.device = worker.device
         process_group.join(rank, self.world_size, local_rank, membership.address, self.device)
         joined = time.monotonic()
         worker.enter("engine")

@@ -90,7 +90,7 @@ class Engine:
             check_fits(state, model)
             model.load_state_dict(state.parameters, strict=False)  # tied weights have one name only
         self.dtype = recipe.dtype(device)
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         _forget_engines()
         # DeepSpeed broadcasts the parameters from rank 0 and keeps its fp32 copies in the optimizer.
         self._engine, *_ = deepspeed.initialize(
@@ -376,7 +376,7 @@ def _forget_engines() -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
 
 
-def _import_deepspeed(device: torch.device):
+def import_deepspeed(device: torch.device):
     """DeepSpeed for this device, without the shared-memory extension that it would compile for a minute on CPUs."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,0 +1,51 @@
+"""What follows a warm-up in its process is what the process would have done without it."""
+
+import multiprocessing
+
+import torch
+import torch.distributed as dist
+
+from doge import process_group
+from doge.configuration import ModelRecipe
+from doge.engine import Engine, EngineRecipe
+from doge.modeling import build_model
+from doge.optimizer import OptimizerRecipe
+from doge.warm_up import warm_up
+
+CPU = torch.device("cpu")
+MODEL = ModelRecipe(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
+STAGES = (1, 3)
+
+
+def losses(recipe: EngineRecipe) -> list[float]:
+    process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), CPU)
+    torch.manual_seed(1)
+    engine = Engine(build_model(MODEL.build()), OptimizerRecipe(), recipe, CPU)
+    tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(32).expand(2, -1)}
+    made = [engine.step(batch, [2], 1.0).loss for _ in range(3)]
+    engine.close()
+    process_group.leave()
+    return made
+
+
+def before_and_after(results) -> None:
+    torch.set_num_threads(1)
+    for stage in STAGES:
+        recipe = EngineRecipe(zero_stage=stage, precision="fp32")
+        before = losses(recipe)
+        warm_up(MODEL, OptimizerRecipe(), recipe, CPU)
+        results.put((before, dist.is_initialized(), losses(recipe)))
+
+
+def test_a_warm_up_changes_no_loss_and_leaves_no_group():
+    spawn = multiprocessing.get_context("spawn")  # the group and DeepSpeed's state belong to a process
+    results = spawn.Queue()
+    process = spawn.Process(target=before_and_after, args=(results,))
+    process.start()
+    for _ in STAGES:
+        before, in_group, after = results.get(timeout=120)
+        assert not in_group
+        assert before == after
+        assert before[-1] < before[0]
+    process.join()
