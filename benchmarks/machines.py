@@ -265,7 +265,11 @@ def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]
     cores: list[int | None] = sorted(os.sched_getaffinity(0)) if own_cores else [None] * number
     if len(cores) < number:
         raise SystemExit(f"{number} nodes need {number} cores, but this process has {len(cores)}.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the blocks that end what was started
+
+    def leave(*_) -> None:
+        sys.exit(143)  # by way of the blocks that end what was started
+
+    signal.signal(signal.SIGTERM, leave)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
@@ -280,6 +284,7 @@ def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]
         try:
             machines._start_head()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, leave)  # Ray has put its own in place, which ends the process at once
             for core in cores[:number]:
                 machines.add_node(core)
             yield machines
