@@ -270,7 +270,8 @@ def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]
         sys.exit(143)  # by way of the blocks that end what was started
 
     signal.signal(signal.SIGTERM, leave)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process keeps to its first one
     import ray
 
     with tempfile.TemporaryDirectory(prefix="doge-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short paths
