@@ -341,8 +341,8 @@ class Coordinator:
 
     def _steps(self, host: HostRecord) -> bool:
         """Whether a member of the present membership has taken up the state."""
-        status = host.status
-        return status.get("membership") == self._number and status["phase"] not in ("idle", "joining", "engine")
+        status, others = host.status, ("idle", "joining", "engine", "closing")
+        return status.get("membership") == self._number and status["phase"] not in others
 
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self._ask(host, host.handle.prepare.remote(self._config))
@@ -419,13 +419,14 @@ class Coordinator:
         if done:
             status, host.asking = host.asking.result(), None
             if status is not None:
-                host.status, host.answered = status, time.monotonic()
+                host.status = status
         patience = self._scaling.hang_timeout_s
         if host.info is not None and host.silent() > patience:
             self._lose(host, f"no answer for {patience:g} seconds")
         stuck = host.status.get("seconds", 0.0)
         slow = max(patience, 20 * host.status.get("step_seconds", 0.0) or 10 * patience)
-        if host.status.get("phase") == "step" and stuck > slow and not host.status["waiting"]:
+        ending = any(member.lost.is_set() for member in self._members)  # who waited for a lost one stops waiting
+        if host.status.get("phase") == "step" and stuck > slow and not host.status["waiting"] and not ending:
             self._lose(host, f"no progress in a step for {stuck:.0f} seconds")
 
     async def _ask(self, host: HostRecord, reference) -> Any:
@@ -438,7 +439,9 @@ class Coordinator:
             answer.cancel()
             return None
         try:
-            return answer.result()
+            result = answer.result()
+            host.answered = time.monotonic()
+            return result
         except ray.exceptions.RayActorError:
             self._lose(host, "its process died")
         except ray.exceptions.RayTaskError as error:

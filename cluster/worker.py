@@ -260,6 +260,7 @@ class MembershipLoop:
                     batches = self._batches(shares)
             self._timed("commit", worker.checkpoints.wait)
         finally:
+            worker.enter("closing", self.engine.step_count)  # a collective that broke is no step without progress
             batches.close()
         return Outcome("finished", self.engine.step_count, seconds=self.seconds)
 
