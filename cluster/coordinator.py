@@ -77,6 +77,7 @@ class Coordinator:
         self._groups: dict[str, dict[int, Seat]] = {}
         self._seats: tuple[Seat, ...] = ()  # of the newest group that is whole
         self._leaving: set[str] = set()  # nodes that are about to go
+        self._dead: set[str] = set()  # nodes that Ray knows to be gone
         self._change = asyncio.Event()
         self._over = asyncio.Event()
         self._number = 0
@@ -324,7 +325,7 @@ class Coordinator:
         """Start hosts where seats have too few, and spares once a membership is at work."""
         per_node = Counter(node for node, _ in self._places().elements())
         for node, number in per_node.items():
-            if node in self._leaving:
+            if node in self._leaving | self._dead:
                 continue
             alive = [host for host in self._hosts.values() if host.node == node and not host.lost.is_set()]
             if self._at_work:
@@ -397,6 +398,8 @@ class Coordinator:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            nodes = await asyncio.to_thread(ray.nodes)
+            self._dead = {node["NodeID"] for node in nodes if not node["Alive"]}
             self._notice(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
             await asyncio.gather(
                 *(self._look_at(host) for host in list(self._hosts.values()) if not host.lost.is_set())
@@ -449,6 +452,8 @@ class Coordinator:
             if type(error.cause).__name__ == "UserError":
                 await self._board.stop.remote(cause)
             self._lose(host, f"{type(error.cause).__name__}: {cause}")
+        except ray.exceptions.RayError as error:  # such as an actor that cannot start on a node that is gone
+            self._lose(host, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return None
 
     async def _outcome(self, host: HostRecord, reference) -> Outcome | None:
