@@ -347,7 +347,7 @@ class Coordinator:
 
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self._ask(host, host.handle.prepare.remote(self._config))
-        if host.info is None:
+        if host.info is None and host.node not in self._leaving | self._dead:
             self._failures += 1
             if 0 <= self._scaling.max_failures < self._failures:
                 await self._board.stop.remote(f"No process for the workers could be started: {host.reason}.")
@@ -398,20 +398,20 @@ class Coordinator:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            nodes = await asyncio.to_thread(ray.nodes)
+            draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+            nodes = await asyncio.to_thread(ray.nodes)  # after: a node that dies meanwhile is in one of the two
             self._dead = {node["NodeID"] for node in nodes if not node["Alive"]}
-            self._notice(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
+            self._notice(set(draining))
             await asyncio.gather(
                 *(self._look_at(host) for host in list(self._hosts.values()) if not host.lost.is_set())
             )
 
-    def _notice(self, draining: dict[str, int]) -> None:
-        """Nodes that will go soon: their hosts leave at the next step, with nothing lost."""
-        ours = {host.node for host in self._hosts.values()} & draining.keys()
-        if not ours <= self._leaving:
-            self._say(f"{len(ours - self._leaving)} of the run's nodes will go soon: its workers leave before.")
-        if ours != self._leaving:
-            self._leaving = ours
+    def _notice(self, draining: set[str]) -> None:
+        """Nodes that will go soon: their hosts leave at the next step, with nothing lost, and none is started there."""
+        if ours := ({host.node for host in self._hosts.values()} & draining) - self._leaving:
+            self._say(f"{len(ours)} of the run's nodes will go soon: its workers leave before.")
+        if draining != self._leaving:
+            self._leaving = draining
             self._change.set()
 
     async def _look_at(self, host: HostRecord) -> None:
