@@ -210,16 +210,19 @@ class Machines:
         later yields as well. Linux weighs niceness within a session only, so that whole sessions yield too.
         """
         favored = {member["pid"] for member in run.members()}
-        sessions = {os.getsid(pid) for pid in favored}
+        others: dict[int, int] = {}  # a process of each session
         for root in [*self._started, run._process]:
             for process in [psutil.Process(root.pid), *psutil.Process(root.pid).children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
+                with suppress(psutil.NoSuchProcess, ProcessLookupError):
                     if process.pid in favored:
                         continue
+                    others.setdefault(os.getsid(process.pid), process.pid)
                     for thread in process.threads():
                         os.setpriority(os.PRIO_PROCESS, thread.id, 19)
-                    if os.getsid(process.pid) not in sessions:
-                        Path(f"/proc/{process.pid}/autogroup").write_text("19")
+        for session in others.keys() - {os.getsid(pid) for pid in favored}:
+            with suppress(FileNotFoundError):  # it has ended, or Linux was built without this
+                Path(f"/proc/{others[session]}/autogroup").write_text("19")
+            time.sleep(0.2)  # Linux refuses who is not root a second one within a tenth of a second
 
     def _start_head(self) -> None:
         port = self.address.rpartition(":")[2]

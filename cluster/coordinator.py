@@ -351,7 +351,6 @@ class Coordinator:
             self._failures += 1
             if 0 <= self._scaling.max_failures < self._failures:
                 await self._board.stop.remote(f"No process for the workers could be started: {host.reason}.")
-        host.answered = time.monotonic()
         self._change.set()
 
     def _dismiss(self) -> None:
