@@ -322,13 +322,13 @@ class Coordinator:
         return [host for host in self._hosts.values() if host.info is None and not host.lost.is_set()]
 
     def _employ(self) -> None:
-        """Start hosts where seats have too few, and spares once a membership is at work."""
+        """Start hosts where seats have too few, and spares where those of all seats are at work."""
         per_node = Counter(node for node, _ in self._places().elements())
         for node, number in per_node.items():
             if node in self._leaving | self._dead:
                 continue
             alive = [host for host in self._hosts.values() if host.node == node and not host.lost.is_set()]
-            if self._at_work:
+            if self._at_work and sum(host in self._members for host in alive) >= number:
                 number += self._scaling.warm_spares
             for place in range(len(alive), number):
                 self._start(node, spare=place >= per_node[node])
