@@ -84,7 +84,8 @@ class Killer(threading.Thread):
         self.kills = 0
 
     def run(self) -> None:
-        from cluster.chaos import Chaos, Event, Nobody, RunOver
+        from cluster.chaos import Chaos, Nobody, RunOver
+        from cluster.chaos.events import Event
 
         seed, every, start = self.arguments.seed, self.arguments.every, time.monotonic()
         chance = random.Random(seed)

@@ -71,7 +71,7 @@ def recipe(arguments: argparse.Namespace, storage: str, setting: Setting, name: 
 
 def measure(machines: Machines, arguments: argparse.Namespace, setting: Setting, name: str) -> tuple[float, float]:
     """Tokens per second of one training, and the share of the time that the throttled worker ran."""
-    from cluster.throttle import throttle_process
+    from cluster.chaos.throttle import throttle_process
 
     first = setting.skipped
     last = first + setting.steps(arguments.steps)

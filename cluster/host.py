@@ -1,6 +1,8 @@
 """The process that trains in a seat: it keeps its imports, data and newest state while memberships come and go."""
 
+import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -146,3 +148,19 @@ def start_host(name: str, node: str):
         )
         .remote(name)
     )
+
+
+def kill_host(handle, node: str, pid: int | None) -> None:
+    """End a host; with its process's ``pid``, also one that is stopped, by a task on its node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with contextlib.suppress(Exception):
+        ray.kill(handle)
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    if pid is not None:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from cluster.throttle import Throttle, throttle_process
+from cluster.chaos.throttle import Throttle, throttle_process
 from doge.errors import UserError
 
 
@@ -94,7 +94,7 @@ def test_a_throttle_ends_by_itself_after_its_seconds():
 def test_a_killed_owner_leaves_nothing_stopped(share):
     code = f"""
         import sys, time
-        from cluster.throttle import throttle_process
+        from cluster.chaos.throttle import throttle_process
 
         with throttle_process(int(sys.argv[1]), {share}):
             print("throttled", flush=True)

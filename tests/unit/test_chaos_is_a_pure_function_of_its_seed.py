@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chaos import Kind, Settings, Victim, choose, choose_node, disturb, schedule
+from cluster.chaos.command import Settings, disturb
+from cluster.chaos.events import Kind, Victim, choose, choose_node, schedule
 from doge.errors import UserError
 from doge.recipe import parse
 

@@ -1,175 +1,19 @@
-"""Chaos: kill, pause and throttle the workers of a run under way, to see that the training does not notice.
+"""Disturbances of a run under way."""
 
-    python -m cluster.chaos --every 30 --duration 600
-    python -m cluster.chaos --run tiny --seed 7 --kinds kill-worker kill-worker pause
-    python -m cluster.chaos --at 30 kill-worker 60 kill-node 90 throttle
-    python -m cluster.chaos --every 30 --seed 7 --dry-run
-
-It finds the only run of the cluster by itself. Each event is a line: the seconds since the start, what, and whom. The
-times between events are exponentially distributed; the same seed gives the same events. A kind that is named twice
-comes twice as often. Whatever ends this command, no worker stays stopped. From Python:
-
-    from cluster.chaos import Chaos
-
-    with Chaos() as chaos:
-        chaos.kill_worker(rank=0)
-        chaos.throttle(rank=1, share=1 / 3, seconds=20)
-"""
-
-import itertools
-import math
 import os
-import secrets
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from random import Random
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
-import psutil
-import tyro
-
-from cluster.throttle import Throttle, check_hold
+from cluster.chaos.agent import Agent
+from cluster.chaos.events import Event, Kind, Victim, choose, choose_node
+from cluster.chaos.throttle import check_hold
 from doge.errors import UserError
 
-Kind = Literal["kill-worker", "kill-rank-0", "kill-node", "pause", "throttle"]
 PATIENCE = 10.0  # seconds that an event waits for a worker that trains
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 20.0  # an agent that says nothing for so long is lost
-
-# ---------------------------------------------------------------- decisions
-
-
-@dataclass(frozen=True)
-class Event:
-    """What is to happen.
-
-    Args:
-        number: from 1.
-        at: seconds since the start.
-        kind: of disturbance.
-    """
-
-    number: int
-    at: float
-    kind: Kind
-
-    def __str__(self) -> str:
-        return f"{self.at:8.1f} s  {self.kind}"
-
-
-@dataclass(frozen=True)
-class Victim:
-    """A worker as its run's coordinator describes it.
-
-    Args:
-        host: its name.
-        node: Ray's id of its node.
-        pid: of its process there.
-        rank: in the membership that trains; None for a spare.
-        step: that it is at.
-    """
-
-    host: str
-    node: str
-    pid: int
-    rank: int | None
-    step: int
-
-
-def schedule(seed: int, every: float, kinds: tuple[Kind, ...], duration: float = math.inf) -> Iterator[Event]:
-    """The events that come before ``duration`` seconds: a pure function of its arguments.
-
-    The times between them are exponentially distributed with the mean ``every`` (a Poisson process), the kinds uniform
-    over ``kinds``. A longer duration only adds events.
-    """
-    chance, at = Random(seed), 0.0
-    for number in itertools.count(1):
-        at += chance.expovariate(1 / every)
-        if at >= duration:
-            return
-        yield Event(number, at, chance.choice(kinds))
-
-
-def choose(
-    members: Iterable[Victim], seed: int, number: int, rank: int | None = None, spares: bool = False
-) -> Victim | None:
-    """Whom event ``number`` meets, or the one of ``rank``; None if nobody can be.
-
-    A pure function, also of the order of ``members``. With ``spares``, hosts that only wait are met too.
-    """
-    candidates = [member for member in members if spares or member.rank is not None]
-    if rank is not None:
-        return next((member for member in candidates if member.rank == rank), None)
-    candidates.sort(key=lambda member: (math.inf if member.rank is None else member.rank, member.host))
-    return Random(f"{seed}/{number}").choice(candidates) if candidates else None
-
-
-def choose_node(members: Iterable[Victim], protected: Iterable[str], seed: int, number: int) -> str | None:
-    """The node that event ``number`` meets: one with a worker and not protected. None if there is none."""
-    candidates = sorted({member.node for member in members if member.rank is not None} - set(protected))
-    return Random(f"{seed}/{number}").choice(candidates) if candidates else None
-
-
-# ---------------------------------------------------------------- the nodes
-
-
-class Agent:
-    """The actor's class: sends the signals on one node. It dies with its owner, and then nothing stays stopped."""
-
-    def __init__(self):
-        self._holds: dict[int, Throttle] = {}
-
-    def kill(self, pid: int) -> bool:
-        """SIGKILL a worker; False if it is gone."""
-        if worker := self._worker(pid):
-            worker.kill()
-        return worker is not None
-
-    def hold(self, pid: int, share: float, seconds: float) -> bool:
-        """Give a worker ``share`` of its time for ``seconds``, in place of an earlier hold; False if it is gone."""
-        if pid in self._holds:
-            self._holds.pop(pid).end()
-        if self._worker(pid) is None:
-            return False
-        with suppress(ProcessLookupError):
-            self._holds[pid] = Throttle(pid, share, seconds)
-        return pid in self._holds
-
-    def release(self) -> None:
-        """Let all workers run freely."""
-        while self._holds:
-            self._holds.popitem()[1].end()
-
-    def has_raylet(self) -> bool:
-        """Whether there is a raylet to kill."""
-        return self._raylet() is not None
-
-    def kill_node(self) -> None:
-        """SIGKILL the raylet and all its processes, as if the machine lost its power; this one too: no answer comes."""
-        raylet, here = self._raylet(), os.getpid()
-        children = [child for child in raylet.children(recursive=True) if child.pid != here]
-        for process in [raylet, *children]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        os.kill(here, signal.SIGKILL)
-
-    def _raylet(self) -> psutil.Process | None:
-        return next((parent for parent in psutil.Process().parents() if parent.name() == "raylet"), None)
-
-    def _worker(self, pid: int) -> psutil.Process | None:
-        """The process, if it still is a host."""
-        with suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if any("ray::Host" in part for part in process.cmdline()):
-                return process
-        return None
-
-
-# ---------------------------------------------------------------- a run
 
 
 class RunOver(UserError):
@@ -287,7 +131,8 @@ class Chaos:
                 raise Nobody(f"No worker of {self.run} is training.")
             node = choose_node(members, protected, self.seed, self._number)
             if node is None:
-                raise UserError(f"All workers are on the {_list(sorted(set(protected.values())))}, which must live on.")
+                where = listed(sorted(set(protected.values())))
+                raise UserError(f"All workers are on the {where}, which must live on.")
         elif node in protected:
             raise UserError(f"Node {_node_name(node)} is the {protected[node]}, which must live on: choose another.")
         victims = [member for member in members if member.node == node]
@@ -424,9 +269,9 @@ def _find_run(name: str | None) -> tuple[str, Any]:
     ours = (actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
     runs = sorted(actor.removeprefix(actor_name("")) for actor in ours if actor.startswith(actor_name("")))
     if name is None and len(runs) > 1:
-        raise UserError(f"The runs {_list(runs)} are under way in the cluster: choose one with --run.")
+        raise UserError(f"The runs {listed(runs)} are under way in the cluster: choose one with --run.")
     if not runs or name not in (None, *runs):
-        there = f"; there is {_list(runs)}" if runs else ""
+        there = f"; there is {listed(runs)}" if runs else ""
         raise UserError(f"No run{f' {name}' if name else ''} is under way in the cluster{there}: start it first.")
     with suppress(ValueError):
         return name or runs[0], ray.get_actor(actor_name(name or runs[0]), namespace=NAMESPACE)
@@ -442,106 +287,6 @@ def _node_name(node: str) -> str:
     return node_name(machines.get(node, "unknown"), node)
 
 
-def _list(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
+    """Words as a sentence lists them."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-# ---------------------------------------------------------------- the command
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of `python -m cluster.chaos`.
-
-    Args:
-        run: name of the run; by default the only one under way in the cluster.
-        address: of the Ray cluster; by default that of this machine.
-        seed: of the events and their victims; by default a new one, which is printed.
-        every: seconds from one event to the next, in the mean of an exponential distribution.
-        duration: seconds in which events begin; by default until the run ends.
-        kinds: what may happen; one that is named twice comes twice as often.
-        at: these events instead, each as its seconds since the start and its kind.
-        pause_seconds: that a paused worker is stopped.
-        throttle_share: of its time that a throttled worker gets.
-        throttle_seconds: that a worker is throttled.
-        spares: choose hosts that only wait, too.
-        dry_run: print the events and do nothing.
-    """
-
-    run: str | None = None
-    address: str | None = None
-    seed: int | None = None
-    every: float = 60.0
-    duration: float | None = None
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    at: tuple[tuple[float, Kind], ...] = ()
-    pause_seconds: float = 5.0
-    throttle_share: float = 1 / 3
-    throttle_seconds: float = 20.0
-    spares: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-
-    def __post_init__(self):
-        for name in ("every", "duration", "pause_seconds", "throttle_seconds", "throttle_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-        check_hold(self.throttle_share, self.throttle_seconds)
-        if not self.kinds:
-            raise UserError(f"--kinds needs at least one of {_list(list(get_args(Kind)))}.")
-        if any(not 0 <= at < math.inf for at, _ in self.at):
-            raise UserError("--at takes seconds since the start, which are not negative.")
-
-    def events(self, seed: int) -> Iterator[Event]:
-        duration = self.duration or math.inf
-        if self.at:
-            return (Event(number, *event) for number, event in enumerate(sorted(self.at), 1) if event[0] < duration)
-        return schedule(seed, self.every, self.kinds, duration)
-
-
-def disturb(settings: Settings, say: Callable[[Any], None] = print) -> None:
-    """Do what the settings say, a line of ``say`` for each event. Raises UserError."""
-    seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
-    say(f"Seed {seed}")
-    events = settings.events(seed)
-    if settings.dry_run:
-        for event in itertools.islice(events, 30):
-            say(event)
-        if next(events, None):
-            say("     … and so on")
-        return
-    with Chaos(settings.run, settings.address, seed, settings.spares) as chaos:
-        say(f"Disturbing the run {chaos.run}")
-        start = time.monotonic()
-        try:
-            for event in events:
-                chaos.sleep(start + event.at)
-                try:
-                    done = chaos.act(event, settings.pause_seconds, settings.throttle_share, settings.throttle_seconds)
-                except RunOver:
-                    raise
-                except UserError as reason:
-                    done = f"{event.kind:<11}  skipped: {reason}"
-                say(f"{time.monotonic() - start:8.1f} s  {done}")
-            chaos.sleep_while_held()
-        except RunOver as over:
-            say(over)
-
-
-def main() -> None:
-    """The command: 0 done or the run is over, 1 a sentence on standard error, 130 interrupted."""
-    from doge.recipe import parse
-
-    try:
-        settings = parse(Settings, Settings(), sys.argv[1:], __doc__, "python -m cluster.chaos")
-        disturb(settings, lambda line: print(line, flush=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted: all workers run freely.", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,3 @@
+from cluster.chaos.command import main
+
+main()

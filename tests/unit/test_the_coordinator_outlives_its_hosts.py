@@ -1,0 +1,292 @@
+"""Deaths that meet the coordinator at an awkward moment, which a cluster shows only now and then: its hosts and nodes
+are simulated here, its own code runs as it is."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import coordinator as coordinators
+from cluster import host_pool
+from cluster.coordinator import Coordinator
+from cluster.host import HostConfig
+from cluster.membership import HostInfo, Membership, Outcome, Seat
+from cluster.recipe import ScalingRecipe
+
+LIMIT = 20.0  # seconds for what takes less than two
+
+
+class Method:
+    """Stands for an actor's method."""
+
+    def __init__(self, call: Callable[..., Coroutine]):
+        self._call = call
+
+    def remote(self, *arguments) -> asyncio.Future:
+        return asyncio.ensure_future(self._call(*arguments))
+
+
+class Actor:
+    """Stands for a handle: every coroutine of the subclass is called by ``.remote``."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return Method(value) if asyncio.iscoroutinefunction(value) and not name.startswith("_") else value
+
+
+class Board(Actor):
+    def __init__(self):
+        self.posts: list[tuple[str, Any]] = []
+        self.reason: str | None = None
+
+    async def post(self, kind: str, content: Any) -> None:
+        self.posts.append((kind, content))
+
+    async def stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    async def stopped(self) -> str | None:
+        return self.reason
+
+
+class SimulatedHost(Actor):
+    """A host that steps until it is told how its membership ends."""
+
+    def __init__(self, name: str, node: str, simulation: "Simulation"):
+        self.name, self.node, self.simulation = name, node, simulation
+        self.membership: Membership | None = None
+        self.outcome: asyncio.Future = asyncio.get_running_loop().create_future()
+        self.killed = asyncio.Event()
+        self.start_error = simulation.start_errors.get(node)
+        self.silent = False  # it is dead or stopped, and nobody has told
+        self.seconds = 0.0  # in its phase
+
+    async def _answer(self, value: Any) -> Any:
+        await asyncio.sleep(0)
+        if self.start_error:
+            raise self.start_error
+        if self.killed.is_set():
+            raise ray.exceptions.RayActorError
+        if self.silent:
+            await asyncio.Event().wait()
+        return value
+
+    async def prepare(self, config: HostConfig) -> HostInfo:
+        return await self._answer(HostInfo(next(self.simulation.numbers), self.node, "127.0.0.1"))
+
+    async def offer(self, copies: bool) -> tuple[int, list]:
+        return await self._answer((0, []))
+
+    async def address(self) -> tuple[str, int]:
+        return await self._answer(("127.0.0.1", 1))
+
+    async def run(self, membership: Membership, rank: int, given: Any) -> Outcome:
+        self.membership, self.outcome = membership, asyncio.get_running_loop().create_future()
+        self.simulation.memberships[membership.number] = {member.host for member in membership.members}
+        killed = asyncio.create_task(self.killed.wait())
+        await asyncio.wait({self.outcome, killed}, return_when=asyncio.FIRST_COMPLETED)
+        killed.cancel()
+        if self.killed.is_set():
+            raise ray.exceptions.RayActorError
+        self.membership = None
+        return self.outcome.result()
+
+    async def status(self) -> dict[str, Any]:
+        number = self.membership.number if self.membership else 0
+        return await self._answer({
+            "phase": "step" if self.membership else "idle", "step": 0, "seconds": self.seconds, "waiting": False,
+            "step_seconds": 0.0, "membership": number, "held": 0,
+        })  # fmt: skip
+
+    async def leave(self) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(Outcome("left", 0))
+
+    async def abort(self) -> None:
+        pass
+
+    async def flush(self) -> None:
+        pass
+
+
+class Simulation:
+    """A coordinator with the nodes a and b and a seat on each.
+
+    Args:
+        max_failures: of the recipe.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_failures: int = 8):
+        self.hosts: list[SimulatedHost] = []
+        self.memberships: dict[int, set[str]] = {}  # the hosts' names by number
+        self.start_errors: dict[str, Exception] = {}  # by node
+        self.dead_nodes: set[str] = set()
+        self.numbers = itertools.count(1)
+        self.board = Board()
+        monkeypatch.setattr(host_pool, "start_host", self._start)
+        monkeypatch.setattr(host_pool, "kill_host", lambda handle, node, pid: handle.killed.set())
+        monkeypatch.setattr(host_pool, "draining_and_dead_nodes", lambda: (set(), set(self.dead_nodes)))
+        for module in (host_pool, coordinators):
+            monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
+        monkeypatch.setattr(host_pool, "ANSWER_SECONDS", 0.3)
+        scaling = ScalingRecipe(num_workers=(1, 2), max_failures=max_failures)
+        self.coordinator = Coordinator("simulated", HostConfig(None, None, None, "", None, False, self.board), scaling)
+
+    def _start(self, name: str, node: str) -> SimulatedHost:
+        self.hosts.append(SimulatedHost(name, node, self))
+        return self.hosts[-1]
+
+    def run(self, story: Callable[["Simulation"], Coroutine]) -> None:
+        """Conduct the run while ``story`` happens, which ends it."""
+
+        async def both() -> None:
+            for rank, node in enumerate("ab"):
+                await self.coordinator.sit(Seat("group", rank, 2, node))
+            await asyncio.gather(self.coordinator.conduct(), story(self))
+
+        asyncio.run(asyncio.wait_for(both(), LIMIT))
+
+    def at(self, node: str, number: int) -> SimulatedHost:
+        """The host of a node in a membership."""
+        return next(host for host in self.hosts if host.node == node and host.name in self.memberships[number])
+
+    def nodes(self, number: int) -> set[str]:
+        return {host.node for host in self.hosts if host.name in self.memberships[number]}
+
+    def events(self) -> list[tuple[str, str]]:
+        """Hosts that joined and left."""
+        return [(kind, content[0]) for kind, content in self.board.posts if kind in ("joined", "left")]
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        while not condition():
+            assert self.board.reason is None
+            await asyncio.sleep(0.005)
+
+    async def spare(self, node: str) -> SimulatedHost:
+        """The spare of a node, once it is ready."""
+
+        def spares() -> list[SimulatedHost]:
+            return [host for host in self.hosts if host.node == node and host.name in ready and not host.membership]
+
+        while True:
+            ready = {row["host"] for row in await self.coordinator.members()}
+            if found := spares():
+                return found[0]
+            await asyncio.sleep(0.005)
+
+    def finish(self) -> None:
+        for host in self.hosts:
+            if host.membership and not host.outcome.done():
+                host.outcome.set_result(Outcome("finished", 1))
+
+
+@pytest.fixture
+def simulation(monkeypatch):
+    return Simulation(monkeypatch)
+
+
+def test_a_survivor_that_waited_for_a_lost_one_is_not_taken_for_stuck(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("b")
+        victim.killed.set()
+        await simulation.until(lambda: ("left", victim.name) in simulation.events())
+        survivor.seconds = 1000.0  # it waited long in the collective that has broken, and has not said so yet
+        await asyncio.sleep(0.2)
+        assert not survivor.killed.is_set()
+        survivor.seconds = 0.0
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert simulation.at("a", 2) is survivor
+        simulation.finish()
+
+    simulation.run(story)
+    assert len(simulation.memberships[2]) == 2
+
+
+def test_the_neighbours_of_a_lost_host_must_answer_before_they_are_counted_on(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim, neighbour = simulation.at("a", 1), simulation.at("b", 1), await simulation.spare("b")
+        neighbour.silent = True
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert simulation.memberships[2] == {survivor.name}
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        simulation.start_errors["b"] = ray.exceptions.ActorUnschedulableError("The node is gone.")
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert simulation.nodes(2) == {"a"}
+        simulation.dead_nodes.add("b")
+        await asyncio.sleep(0.1)
+        started = len(simulation.hosts)
+        await asyncio.sleep(0.1)
+        assert len(simulation.hosts) == started
+        survivor.seconds = 1000.0  # without a step: the watch still looks at hosts
+        await simulation.until(lambda: survivor.killed.is_set())
+        await simulation.until(lambda: 3 in simulation.memberships)
+        assert simulation.nodes(3) == {"a"}
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_a_node_on_which_nothing_starts_is_left_out_and_the_others_train(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=2)
+    simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        messages = [content for kind, content in simulation.board.posts if kind == "message"]
+        assert messages == ["No worker can start on the node b, which is left out: OSError: No space left on device."]
+        assert sum(host.node == "b" for host in simulation.hosts) == 3
+        await simulation.spare("a")
+        simulation.finish()
+
+    simulation.run(story)
+    assert simulation.nodes(1) == {"a"}
+    assert simulation.board.reason is None
+
+
+def test_where_nothing_starts_anywhere_the_run_says_why(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=0)
+    full = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+    simulation.start_errors = {"a": full, "b": full}
+
+    async def story(simulation: Simulation) -> None:
+        pass
+
+    simulation.run(story)
+    reason = "No process for the workers could be started: OSError: No space left on device."
+    assert simulation.board.reason == reason
+
+
+def test_a_watch_that_fails_ends_the_run_with_its_reason(monkeypatch):
+    simulation = Simulation(monkeypatch)
+
+    def fail() -> None:
+        raise ConnectionError("the head is gone")
+
+    monkeypatch.setattr(host_pool, "draining_and_dead_nodes", fail)
+
+    async def story(simulation: Simulation) -> None:
+        pass
+
+    with pytest.raises(ExceptionGroup):
+        simulation.run(story)
+    assert simulation.board.reason == "The coordinator of the run failed: ConnectionError('the head is gone')."
+    assert all(host.killed.is_set() for host in simulation.hosts)
