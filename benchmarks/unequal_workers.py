@@ -48,7 +48,7 @@ SETTINGS = [
     Setting("pair", "seat", 2, "measured", 12, 1.0),
     Setting("pair, equal", "seat", 2, "equal", 2, 0.3),
     Setting("fast alone", "seat-0", 1, "measured", 2, 0.7),
-    Setting("slow alone", "seat-1", 1, "measured", 1, 0.3),
+    Setting("slow alone", "seat-1", 1, "measured", 1, 0.35),
 ]
 
 
@@ -88,11 +88,11 @@ def measure(machines: Machines, arguments: argparse.Namespace, setting: Setting,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of all four trainings (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=14, help="of the pair that count (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="of the pair that count (default: %(default)s)")
     parser.add_argument("--share", type=float, default=1 / 3, help="of its time, for the slow one (default: a third)")
     parser.add_argument("--period", type=float, default=0.2, help="seconds between two stops (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--global-batch-size", type=int, default=128, help="sequences (default: %(default)s)")
+    parser.add_argument("--global-batch-size", type=int, default=256, help="sequences (default: %(default)s)")
     arguments = parser.parse_args()
     speeds: dict[str, list[float]] = {setting.label: [] for setting in SETTINGS}
     ran: list[float] = []

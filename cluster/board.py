@@ -9,7 +9,18 @@ import time
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal[
-    "joined", "left", "membership", "member", "step", "evaluation", "samples", "experts", "ledger", "message"
+    "starting",
+    "started",
+    "joined",
+    "left",
+    "membership",
+    "member",
+    "step",
+    "evaluation",
+    "samples",
+    "experts",
+    "ledger",
+    "message",
 ]
 
 

@@ -28,7 +28,7 @@ class Figures:
     Args:
         wall_seconds: in which a driver ran.
         goodput: see `cluster.goodput`; None before a group has made two steps.
-        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``restarts``.
+        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``spares``, ``restarts``.
         shares: of the workers' time, by kind.
         steps: finished, each counted once.
         lost_steps: made and then made again.

@@ -6,17 +6,21 @@ Goodput is the steps that count over the steps that an undisturbed run of equal 
            time between two drivers, when nothing ran, is no part of it
     C      steps finished within T, each counted once however often it was made
     r(g)   1 / (τ(g) + σ(g)), the undisturbed steps a second of a group of workers with devices g. τ(g) is the mean
-           time of their steps, waiting for data and for others included, without each membership's first. σ(g) is
-           their stall for checkpoints and evaluations: how many there were for each step that counts, over all groups
-           and each counted once as well, × how long one takes g (any group, where g had none). An undisturbed run has
-           all of these too, so they are no loss. Groups of equal devices are taken together
+           time of their steps, waiting for data and for others included, without each membership's first and, where
+           enough others are left, without those beside the start of a process, which takes its share of a machine.
+           σ(g) is their stall for checkpoints and evaluations: how many there were for each step that counts, over all
+           groups and each counted once as well, × how long one takes g (any group, where g had none). An undisturbed
+           run has all of these too, so they are no loss. Groups of equal devices are taken together
     R(t)   the highest r of all groups that had begun by t (and made ten steps): the full group, weighted by its speed.
            A run that grows is held to its new speed from then on; one that shrank is held to its old one
+    E      what the steps of the full group took longer than τ beside starts that an undisturbed run has as well: those
+           of the first spares
 
-goodput = C / ∫_T R(t) dt. A run in one membership has exactly 1. What is lost splits into three: *repeated* (steps made
-more than once), *absence* (the time in smaller groups × what they were slower than R), and *restarts* (the rest: no
-step was made, or the slow first step of a membership). The share of the workers' time spent computing steps is another
-number, the *busy share*: a run that waits for its disk most of the time has a small one, and a goodput of 1.
+goodput = C / ∫_T∖E R(t) dt. A run in one membership has exactly 1. What is lost splits into four: *repeated* (steps
+made more than once), *absence* (the time in smaller groups × what they were slower than R), *spares* (what the full
+group's steps took longer beside starts in the place of lost ones), and *restarts* (the rest: no step was made, or the
+slow first step of a membership). The share of the workers' time spent computing steps is another number, the *busy
+share*: a run that waits for its disk most of the time has a small one, and a goodput of 1.
 """
 
 from collections import Counter
@@ -24,12 +28,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
+from typing import Literal
 
 # Fewer steps than this say little about a group's speed.
 _TELLING_STEPS = 10
 _STALLS = {"checkpoint", "evaluation"}
 
 Group = tuple[str, ...]
+Start = Literal["first", "replacement"]
+"""Of a worker beside the others: one that an undisturbed run has as well, or one in the place of a lost worker."""
 
 
 @dataclass
@@ -60,10 +67,13 @@ class Membership:
     stall_counts: Counter[str] = field(default_factory=Counter)
     new_stalls: Counter[str] = field(default_factory=Counter)  # their number without those made again
     new_stalls_since: Counter[str] = field(default_factory=Counter)  # those since last_end
+    beside_steps: Counter[str] = field(default_factory=Counter)  # steady steps beside starts, by kind
+    beside_seconds: Counter[str] = field(default_factory=Counter)  # theirs, without stalls
 
     def __post_init__(self):
-        for name in ("stall_seconds", "stall_counts", "new_stalls", "new_stalls_since"):  # as JSON has them
-            setattr(self, name, Counter(getattr(self, name)))
+        for name, value in vars(self).items():  # JSON has no counters
+            if name.startswith(("stall_", "new_stalls", "beside_")):
+                setattr(self, name, Counter(value))
 
     @property
     def group(self) -> Group:
@@ -84,14 +94,39 @@ class Membership:
         """Of the steady steps, without stalls."""
         return self.last_end - self.first_end - self.stalls
 
+    @property
+    def clear_steps(self) -> int:
+        """Steady steps beside no start."""
+        return self.steady_steps - self.beside_steps.total()
+
+    @property
+    def clear_seconds(self) -> float:
+        return self.steady_seconds - self.beside_seconds.total()
+
+    def seconds_lost_beside(self, start: Start, usual: float) -> float:
+        """What its steps beside such starts took longer than ``usual`` seconds each."""
+        return max(0.0, self.beside_seconds[start] - self.beside_steps[start] * usual)
+
     def follow(self, earlier: "Membership") -> None:
         """Learn what had been finished before."""
         for kind in {*earlier.before, *earlier.finished}:
             last = max(earlier.before.get(kind, 0), earlier.finished.get(kind, 0))
             self.before[kind] = max(self.before.get(kind, 0), last)
 
-    def note(self, host: str, device: str, step: int, seconds: Mapping[str, float], start: float, ended: float) -> None:
-        """Take in what a host did from ``start`` to ``ended``: the step, or what followed it."""
+    def note(
+        self,
+        host: str,
+        device: str,
+        step: int,
+        seconds: Mapping[str, float],
+        start: float,
+        ended: float,
+        beside: Start | None = None,
+    ) -> None:
+        """Take in what a host did from ``start`` to ``ended``: the step, or what followed it.
+
+        ``beside`` is the kind of another host's start at that time.
+        """
         if "step" in seconds:
             self.devices[host] = device
             self.clock = self.clock or host
@@ -106,9 +141,12 @@ class Membership:
                 self.new_stalls_since[kind] += 1
                 self.finished[kind] = step
         if "step" in seconds:
-            self._time_step(step, start, ended)
+            self._time_step(step, start, ended, beside)
 
-    def _time_step(self, step: int, start: float, ended: float) -> None:
+    def _time_step(self, step: int, start: float, ended: float, beside: Start | None) -> None:
+        if beside and self.first_step is not None:
+            self.beside_steps[beside] += step - self.timed_step
+            self.beside_seconds[beside] += ended - self.last_end - self.stalls_since
         if self.first_step is None:
             self.first_step, self.first_start, self.first_end = step, start, ended
             self.stalls_since = 0.0
@@ -129,7 +167,7 @@ class Progress:
         lost_steps: made and then made again.
         restart_seconds: of each restart, from the last step before to the beginning of the first after.
         goodput: between 0 and 1; None before a group has made two steps.
-        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``restarts``.
+        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``spares``, ``restarts``.
         steps_per_s: of the fastest group, undisturbed.
     """
 
@@ -153,7 +191,9 @@ def progress(memberships: Sequence[Membership], now: float) -> Progress:
     lost_steps = sum(member.last_step - member.from_step for member in stepped) - steps
     restarts = [max(0.0, after.first_start - max(before.last_end, after.driver)) for before, after in pairwise(stepped)]
     counted = steps - (stepped[0].first_step - stepped[0].from_step)
-    rates = _rates(stepped, counted)
+    usual, clear = _usual_seconds(stepped)
+    stall = _stalls(stepped, counted)
+    rates = {group: 1 / (seconds + stall(group)) for group, seconds in usual.items()}
     bars = list(_bars(stepped, rates))
     begin = stepped[0].first_end
     end = max(member.last_end for member in stepped) if memberships[-1].first_step is not None else now
@@ -167,30 +207,39 @@ def progress(memberships: Sequence[Membership], now: float) -> Progress:
             for (since, group), (until, _) in pairwise([*bars, (inf, ())])
         )
 
-    undisturbed = possible(begin, end)
-    absent = 0.0
+    undisturbed, absent, slowed = possible(begin, end), 0.0, 0.0
     for member in stepped:
         full = [group for since, group in bars if since <= member.at][-1]
         if member.group != full:
             absent += possible(member.first_end, member.last_end) - member.steady_steps
-    lost = {"repeated": lost_steps / undisturbed, "absence": max(0.0, absent / undisturbed)}
+            continue
+        if member.group in clear:
+            undisturbed -= member.seconds_lost_beside("first", usual[full]) * rates[full]
+            slowed += member.seconds_lost_beside("replacement", usual[full]) * rates[full]
+    lost = {"repeated": lost_steps, "absence": max(0.0, absent), "spares": slowed}
+    lost = {cause: steps / undisturbed for cause, steps in lost.items()}
     lost["restarts"] = max(0.0, 1 - counted / undisturbed - sum(lost.values()))
     return Progress(steps, lost_steps, restarts, min(1.0, counted / undisturbed), lost, rates[bars[-1][1]])
 
 
-def _rates(stepped: Sequence[Membership], counted: int) -> dict[Group, float]:
-    """Steps a second of every group that made enough of them; of the one that made the most if none did."""
-    steps: Counter[Group] = Counter()
-    seconds: Counter[Group] = Counter()
+def _usual_seconds(stepped: Sequence[Membership]) -> tuple[dict[Group, float], set[Group]]:
+    """Seconds of a step for every group that made enough of them, or for the one that made the most if none did.
+
+    Also the groups of which they are the time of clear steps.
+    """
+    steps, seconds, clear_steps, clear_seconds = Counter(), Counter(), Counter(), Counter()
     for member in stepped:
         steps[member.group] += member.steady_steps
         seconds[member.group] += member.steady_seconds
+        clear_steps[member.group] += member.clear_steps
+        clear_seconds[member.group] += member.clear_seconds
     known = [group for group in steps if steps[group] and seconds[group] > 0]
     if not known:
-        return {}
+        return {}, set()
     telling = [group for group in known if steps[group] >= _TELLING_STEPS] or [max(known, key=steps.__getitem__)]
-    stall = _stalls(stepped, counted)
-    return {group: 1 / (seconds[group] / steps[group] + stall(group)) for group in telling}
+    clear = {group for group in telling if clear_steps[group] >= _TELLING_STEPS and clear_seconds[group] > 0}
+    usual = {group: seconds[group] / steps[group] for group in telling}
+    return usual | {group: clear_seconds[group] / clear_steps[group] for group in clear}, clear
 
 
 def _stalls(stepped: Sequence[Membership], counted: int) -> Callable[[Group], float]:

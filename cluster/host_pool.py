@@ -83,7 +83,7 @@ class HostPool:
         self._dead: set[str] = set()  # nodes that Ray knows to be gone
         self._failed_starts: Counter[str] = Counter()  # in a row, by node
         self._given_up: dict[str, str] = {}  # nodes on which no host could be started, and why
-        self._started = 0
+        self._started_on: Counter[str] = Counter()  # hosts, by node
         self._tasks: set[asyncio.Task] = set()
 
     # ---------------------------------------------------------------- who is there
@@ -140,7 +140,8 @@ class HostPool:
             alive = [host for host in self.hosts.values() if host.node == node and host.alive]
             at_work = spares and sum(host in self.members for host in alive) >= seats
             for place in range(len(alive), seats + (self._scaling.warm_spares if at_work else 0)):
-                self._start(node, spare=place >= seats)
+                replaces = self._started_on[node] >= seats + self._scaling.warm_spares
+                self._start(node, place >= seats, replaces)
 
     def dismiss(self) -> None:
         """End the hosts that no seat holds any more and that are no spares, after their checkpoint is written."""
@@ -177,15 +178,17 @@ class HostPool:
         for host in self.hosts.values():
             kill_host(host.handle, host.node, None)
 
-    def _start(self, node: str, spare: bool) -> None:
-        self._started += 1
-        name = f"{node[:6]}-{self._started}"
+    def _start(self, node: str, spare: bool, replaces: bool) -> None:
+        self._started_on[node] += 1
+        name = f"{node[:6]}-{self._started_on.total()}"
         host = HostRecord(name, node, start_host(name, node), spare)
         self.hosts[name] = host
+        self._board.post.remote("starting", (name, replaces, host.started))
         self._begin(self._prepare(host))
 
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self.ask(host, host.handle.prepare.remote(self._config))
+        self._board.post.remote("started", (host.name, time.monotonic()))
         if host.info is not None:
             self._failed_starts[host.node] = 0
         elif host.node not in self.leaving | self._dead:

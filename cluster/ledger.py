@@ -1,7 +1,8 @@
 """The ledger: every second of every worker is accounted for, and from it follow goodput, lost work, energy and cost.
 
-It is told what happens (`joined`, `left`, `membership`, `record`) in the driver's monotonic clock, never a wall clock,
-and keeps sums, so that its memory does not grow with the steps. How goodput is reckoned stands in `cluster.goodput`.
+It is told what happens (`starting`, `started`, `joined`, `left`, `membership`, `record`) in the driver's monotonic
+clock, never a wall clock, and keeps sums, so that its memory does not grow with the steps. How goodput is reckoned
+stands in `cluster.goodput`.
 """
 
 import statistics
@@ -14,7 +15,7 @@ from math import inf
 from typing import Any, Literal
 
 from cluster.figures import Figures, WorkerFigures
-from cluster.goodput import Membership, progress
+from cluster.goodput import Membership, Start, progress
 from cluster.timeline import TimelineBins
 from doge.errors import UserError
 from doge.plots import Timeline
@@ -114,6 +115,7 @@ class Ledger:
         self._end = 0.0
         self._index: dict[int, int] = {}  # of this driver's memberships, by number
         self._origin: float | None = None  # the driver's clock when it began
+        self._starts: dict[str, tuple[Start, float, float]] = {}  # of this driver's hosts: from when to when
 
     def begin(self, at: float) -> None:
         """The driver begins; without this, with the first that it tells."""
@@ -130,6 +132,19 @@ class Ledger:
             known.node, known.device = node, device
             known.joined = known.booked = now
             known.left = known.membership = None
+
+    def starting(self, host: str, replaces: bool, at: float) -> None:
+        """A process for a host is started and takes its share of a machine; ``replaces`` one that was lost."""
+        now = self._time(at)
+        kind: Start = "replacement" if replaces or len(self._drivers) > 1 else "first"
+        self._starts[host] = (kind, now, inf)
+
+    def started(self, host: str, at: float) -> None:
+        """The process is ready, or gone."""
+        now = self._time(at)
+        if host in self._starts:
+            kind, since, _ = self._starts[host]
+            self._starts[host] = (kind, since, now)
 
     def left(self, host: str, at: float) -> None:
         """The host died or was let go. Its records may still come in later."""
@@ -177,7 +192,8 @@ class Ledger:
             host.sequences += record.sequences
         if record.energy_joules is not None:
             host.joules = (host.joules or 0.0) + record.energy_joules / self._sharers(host)
-        member.note(record.host, record.device, record.step, record.seconds, start, ended)
+        beside = self._beside(start, ended)
+        member.note(record.host, record.device, record.step, record.seconds, start, ended, beside)
         for earlier, later in pairwise(self._memberships[index:]):  # news that comes late
             later.follow(earlier)
 
@@ -258,6 +274,11 @@ class Ledger:
         now = max(at - self._origin, self._drivers[-1])
         self._end = max(self._end, now)
         return now
+
+    def _beside(self, start: float, ended: float) -> Start | None:
+        """Whether a host started at that time."""
+        kinds = {kind for kind, since, until in self._starts.values() if since < ended and start < until}
+        return "replacement" if "replacement" in kinds else "first" if kinds else None
 
     def _book(self, name: str, host: _Host, kind: str, until: float) -> None:
         host.seconds[kind] = host.seconds.get(kind, 0.0) + until - host.booked

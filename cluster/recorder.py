@@ -140,10 +140,8 @@ class Recorder:
                 self.ledger.membership(post.content["number"], post.content["from_step"], post.content["at"])
             elif post.kind == "member":
                 self._tell_member(post.content)
-            elif post.kind == "joined":
-                self.ledger.joined(*post.content)
-            elif post.kind == "left":
-                self.ledger.left(*post.content)
+            elif post.kind in ("starting", "started", "joined", "left"):
+                getattr(self.ledger, post.kind)(*post.content)
             elif post.kind == "ledger":
                 self.ledger.record(post.content)
 

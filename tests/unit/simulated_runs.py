@@ -18,6 +18,7 @@ class SimulatedRun:
         speeds: sequences a second of every worker.
         kill_seconds: the mean time between two kills; None kills nobody.
         save_steps: a new group goes on from the last multiple of this.
+        spare_seconds: that a spare starts after the first step, and after each replacement, at the cost of the steps.
     """
 
     seed: int
@@ -27,6 +28,7 @@ class SimulatedRun:
     restart_seconds: tuple[float, float] = (3.0, 12.0)
     save_steps: int = 20
     eval_steps: int = 30
+    spare_seconds: float = 0.0
     ledger: Ledger = field(default_factory=lambda: Ledger(TOKENS_PER_STEP, SEQUENCE_LENGTH))
     clock: float = CLOCK
     highest: int = 0  # the last step that was ever finished: all that an observer outside knows
@@ -40,21 +42,24 @@ class SimulatedRun:
             workers[slot] = f"host-{next(names)}"
             ledger.joined(workers[slot], f"node-{slot // 2}", self._device(slot), at)
         missing: dict[int, float] = {}  # slot → when its new worker is there
-        number, step, begun, kill = 1, self.highest, None, None
+        number, step, begun, kill, spare, spare_until = 1, self.highest, None, None, "", 0.0
         late: list[StepRecord] = []
         while True:
             # A new group: it goes on from the last commit.
             step = step - step % self.save_steps
             ledger.membership(number, step, at)
             at += chance.uniform(*self.restart_seconds)
+            if self.spare_seconds and not spare and (begun is None or not missing):
+                spare, spare_until = f"spare-{number}", at + self.spare_seconds
+                ledger.starting(spare, begun is not None, at)
             if begun is None:
                 begun = at
             kill = kill or self._next_kill(chance, at)
             slow = 1.5  # the first step of a process
             while True:
                 if at - begun >= seconds:
-                    return self._finish(at, late)
-                seconds_of = self._step_seconds(chance, workers, step + 1, slow)
+                    return self._finish(begun + seconds, late)
+                seconds_of = self._step_seconds(chance, workers, step + 1, slow * (1.8 if at < spare_until else 1.0))
                 took, slow = max(sum(each.values()) for each in seconds_of.values()), 1.0
                 if kill < at + took and len(workers) > 1:
                     slot = chance.choice(sorted(workers)) if self.replace_seconds < seconds else min(workers)
@@ -65,6 +70,9 @@ class SimulatedRun:
                     kill = self._next_kill(chance, at)
                     break
                 at, step = at + took, step + 1
+                if spare and spare_until <= at:
+                    ledger.started(spare, spare_until)
+                    spare = ""
                 if at - begun <= seconds:
                     self.highest = max(self.highest, step)
                     late += [self._record(slot, workers[slot], number, step, at, each)

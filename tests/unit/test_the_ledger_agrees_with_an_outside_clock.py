@@ -22,6 +22,7 @@ def test_goodput_is_what_counts_over_what_an_undisturbed_twin_makes(seed):
         "replace_seconds": chance.choice([5.0, 25.0, 60.0]),
         "restart_seconds": chance.choice([(0.2, 1.0), (3.0, 12.0), (15.0, 25.0)]),
         "save_steps": chance.choice([1, 10, 40]),
+        "spare_seconds": chance.choice([0.0, 15.0, 30.0]),
     }
     twin = SimulatedRun(seed + 1000, speeds, **how).run(TEN_MINUTES)
     disturbed = SimulatedRun(seed, speeds, kill_seconds=90.0, **how)
@@ -51,6 +52,18 @@ def test_an_undisturbed_run_has_a_goodput_of_one_whatever_it_waits_for(speeds):
     assert (result.lost_steps, result.restarts, result.restart_seconds) == (0, 0, None)
     assert result.tokens == tokens
     assert result.busy_share < 0.97  # the stalls are told apart all the same
+
+
+def test_what_the_starts_of_replacements_cost_is_lost_and_that_of_the_first_spares_is_not():
+    how = {"restart_seconds": (0.1, 0.2), "replace_seconds": 1.0, "save_steps": 10, "spare_seconds": 30.0}
+    undisturbed = SimulatedRun(3, [64, 64], **how)
+    undisturbed.run(300.0)
+    assert figures(undisturbed).goodput == pytest.approx(1.0)
+    disturbed = SimulatedRun(4, [64, 64], kill_seconds=90.0, **how)
+    disturbed.run(TEN_MINUTES)
+    result = figures(disturbed)
+    starts = (result.restarts // 2) * 30.0  # every kill makes two: of the survivors, then with the replacement
+    assert result.lost["spares"] == pytest.approx(starts / TEN_MINUTES * (1 - 1 / 1.8), abs=0.03)
 
 
 def test_a_run_without_its_fastest_worker_is_held_to_what_it_made_before():
