@@ -93,9 +93,10 @@ class Coordinator:
                     if not hosts or await self._serve(hosts):
                         break
                 watch.cancel()
-        except* Exception as errors:
-            await self._board.stop.remote(f"The coordinator of the run failed: {errors.exceptions[0]!r}.")
-            raise
+        except ExceptionGroup as errors:
+            error = errors.exceptions[0]
+            await self._board.stop.remote(f"The coordinator of the run failed: {error!r}.")
+            raise error from None
         finally:
             self._pool.close()
             self._over.set()
