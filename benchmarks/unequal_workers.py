@@ -6,8 +6,9 @@ Two Ray nodes of one core each, on which Ray's own processes yield to the worker
 and continued from outside, a third of the time running, so that nothing in the training knows of it. Each round trains
 four times by turns: both with shares that follow the measured speeds, both with equal shares, the first worker alone,
 and the second alone, throttled as in the pair. Speeds are tokens over the time between the ends of two steps, seen from
-outside; the steps before the first of them, in which the speeds are learned, do not count. Efficiency is the pair's
-speed over the sum of the two alone. The last line is one JSON object of medians over the rounds.
+outside; the steps before the throttle works and the first after it, in which the speeds are learned, do not count.
+Efficiency is the pair's speed over the sum of the two alone. The last line is one JSON object of medians over the
+rounds.
 """
 
 import argparse
@@ -28,7 +29,7 @@ class Setting:
         seats: that its workers take.
         workers: how many.
         shares: of the recipe.
-        skipped: steps that do not count.
+        skipped: steps under the throttle that do not count.
         part: of ``--steps`` that it makes: the slower, the fewer, for windows of about equal length.
     """
 
@@ -43,7 +44,12 @@ class Setting:
         """That count."""
         return max(2, round(self.part * steps))
 
+    def max_steps(self, steps: int) -> int:
+        """More than are made: the run is ended once it is measured."""
+        return UNTHROTTLED_STEPS + self.skipped + self.steps(steps)
 
+
+UNTHROTTLED_STEPS = 12  # at most, while all else is made to yield
 SETTINGS = [
     Setting("pair", "seat", 2, "measured", 12, 1.0),
     Setting("pair, equal", "seat", 2, "equal", 2, 0.3),
@@ -73,14 +79,14 @@ def measure(machines: Machines, arguments: argparse.Namespace, setting: Setting,
     """Tokens per second of one training, and the share of the time that the throttled worker ran."""
     from cluster.chaos.throttle import throttle_process
 
-    first = setting.skipped
-    last = first + setting.steps(arguments.steps)
-    with machines.run(recipe(arguments, machines.storage, setting, name, last)) as run:
+    plan = recipe(arguments, machines.storage, setting, name, setting.max_steps(arguments.steps))
+    with machines.run(plan) as run:
         machines.favor(run)
         slow = [member["pid"] for member in run.members() if member["node"] == machines.nodes[1].node_id]
         with throttle_process(slow[0], arguments.share, arguments.period) if slow else nullcontext() as throttle:
+            first = max(run.seen) + 1 + setting.skipped  # the step under way began without
+            last = first + setting.steps(arguments.steps)
             run.wait_for(last, timeout=3600)
-        run.finish()
     tokens = (last - first) * arguments.global_batch_size * arguments.sequence_length
     return tokens / run.seconds(first, last), throttle.achieved if throttle else 1.0
 
@@ -98,7 +104,7 @@ def main() -> None:
     ran: list[float] = []
     with open_machines(2) as machines:
         print("preparing the data", flush=True)
-        longest = max(setting.skipped + setting.steps(arguments.steps) for setting in SETTINGS)
+        longest = max(setting.max_steps(arguments.steps) for setting in SETTINGS)
         machines.prepare(recipe(arguments, machines.storage, SETTINGS[0], "data", longest))
         for number in range(1, arguments.rounds + 1):
             for place, setting in enumerate(SETTINGS):
