@@ -157,7 +157,7 @@ class Coordinator:
         offered = await self._pool.ask(source, source.handle.offer.remote(hosts != [source]))
         source.busy = False
         address = await self._pool.ask(hosts[0], hosts[0].handle.address.remote())
-        if offered is None or address is None:
+        if offered is None or address is None or not all(host.alive for host in hosts):
             return None
         step, references = offered
         self._number += 1

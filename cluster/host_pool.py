@@ -13,6 +13,7 @@ import ray
 from cluster.host import HostConfig, kill_host, start_host
 from cluster.membership import HostInfo, Seat
 from doge.errors import UserError
+from doge.storage import StorageError
 
 if TYPE_CHECKING:
     from cluster.recipe import ScalingRecipe
@@ -114,7 +115,9 @@ class HostPool:
     def hopeless(self, enough: int) -> str:
         """Why there will never be ``enough`` hosts, as far as the nodes that are there go; empty if there may be."""
         alive = sum(host.alive for host in self.hosts.values())
-        return next(iter(self._given_up.values())) if self._given_up and alive < enough else ""
+        room = sum(seat.node not in self._given_up for seat in self.seats)
+        reasons = [self._given_up[seat.node] for seat in self.seats if seat.node in self._given_up]
+        return reasons[0] if reasons and alive < enough and room < enough else ""
 
     def free_gpus(self, host: HostRecord, others: list[HostRecord]) -> tuple[str, ...]:
         """GPUs of a seat on the host's node that none of ``others`` has."""
@@ -266,7 +269,7 @@ class HostPool:
             return value
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         sentence = " ".join(str(cause).split())[:300]
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError) and not isinstance(cause, StorageError):  # that one may pass
             await self._board.stop.remote(sentence)
         died = isinstance(error, ray.exceptions.RayActorError)
         self.lose(host, "its process died" if died else f"{type(cause).__name__}: {sentence}")

@@ -15,6 +15,7 @@ from cluster.coordinator import Coordinator
 from cluster.host import HostConfig
 from cluster.membership import HostInfo, Membership, Outcome, Seat
 from cluster.recipe import ScalingRecipe
+from doge.storage import StorageError
 
 LIMIT = 20.0  # seconds for what takes less than two
 
@@ -245,14 +246,16 @@ def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simula
     simulation.run(story)
 
 
-def test_a_node_on_which_nothing_starts_is_left_out_and_the_others_train(monkeypatch):
+@pytest.mark.parametrize("error", [OSError, StorageError])
+def test_a_node_on_which_nothing_starts_is_left_out_and_the_others_train(monkeypatch, error):
     simulation = Simulation(monkeypatch, max_failures=2)
-    simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+    simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", error("No space left on device"))
 
     async def story(simulation: Simulation) -> None:
         await simulation.until(lambda: 1 in simulation.memberships)
         messages = [content for kind, content in simulation.board.posts if kind == "message"]
-        assert messages == ["No worker can start on the node b, which is left out: OSError: No space left on device."]
+        reason = f"{error.__name__}: No space left on device"
+        assert messages == [f"No worker can start on the node b, which is left out: {reason}."]
         assert sum(host.node == "b" for host in simulation.hosts) == 3
         await simulation.spare("a")
         simulation.finish()
