@@ -87,8 +87,8 @@ class Run:
         """Return once the driver has told of ``step``."""
         deadline = time.monotonic() + timeout
         while step not in self.seen:
-            if self._process.poll() is not None:
-                self.finish()
+            if self._process.poll() is not None and step not in self.finish().seen:
+                raise RuntimeError(f"{self.recipe.name} ended before step {step}.")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Step {step} of {self.recipe.name} did not come in {timeout:g} s.")
             time.sleep(0.05)
