@@ -1,5 +1,6 @@
 """MLflow: one run of ours is one run there, however often it was interrupted."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,10 +40,8 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         self.uri = recipe.uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(storage)
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self._logged: dict[str, int] = {}  # the newest step of each row's first metric
-        with self._answering():
+        with self._answering(), self._opening():
             self._client = MlflowClient(self.uri)
             self.run_id = self._continued(run) or self._created(recipe, storage, run, name)
 
@@ -111,6 +110,22 @@ class Tracker:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"MLflow at {self.uri} does not answer ({reason}): check --tracking.uri.") from error
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """One process of this machine at a time: MLflow does not make the tables of an SQLite file twice at once."""
+        if not self.uri.startswith("sqlite:///"):
+            yield
+            return
+        folder = Path(self.uri.removeprefix("sqlite:///")).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # not every file system can lock
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def _continued(self, run: Storage) -> str | None:
         from mlflow.exceptions import MlflowException

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from doge.errors import UserError
@@ -33,6 +36,20 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_repeating_a_step(track):
     run = MlflowClient(again.uri).get_run(again.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"optimizer.lr": "0.1", "model.preset": "Doge-20M", "scaling.num_workers": "2"}
+
+
+def test_runs_that_start_at_once_share_a_new_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    start = (
+        "import sys; from doge.storage import Storage; from doge.tracking import Tracker, TrackingRecipe\n"
+        "root, name = Storage(sys.argv[1]), sys.argv[2]\n"
+        "print(Tracker(TrackingRecipe(), root, root / f'runs/{name}', name).run_id)"
+    )
+    commands = [[sys.executable, "-c", start, tmp_path, name] for name in ("one", "two")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]
+    told = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert told[0][0] != told[1][0]
 
 
 def test_artifacts_lie_beside_the_runs(track, tmp_path):
