@@ -37,7 +37,7 @@ def make_recipe(name: str, storage: str, seats: str, **values: dict[str, Any]):
     Args:
         name: of the run.
         storage: its root.
-        seats: "seat" for any node, "seat-0" for the first alone.
+        seats: "seat" for any node, "seat-0" for the first alone, or a label of some.
         values: nested, over the defaults here.
     """
     from cluster.recipe import Recipe
@@ -70,12 +70,12 @@ class Run:
         self.seen: dict[int, float] = {}
         """When the driver first told of each step; monotonic, up to a quarter of a second late."""
         self._lines: list[str] = []
-        self._process = _job("pretrain", recipe, environment)
+        self.process = _job("pretrain", recipe, environment)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self.process.stdout:
             if step := re.match(r"step ([\d,]+)/", line):
                 self.seen.setdefault(int(step[1].replace(",", "")), time.monotonic())
             else:
@@ -87,7 +87,7 @@ class Run:
         """Return once the driver has told of ``step``."""
         deadline = time.monotonic() + timeout
         while step not in self.seen:
-            if self._process.poll() is not None and step not in self.finish().seen:
+            if self.process.poll() is not None and step not in self.finish().seen:
                 raise RuntimeError(f"{self.recipe.name} ended before step {step}.")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Step {step} of {self.recipe.name} did not come in {timeout:g} s.")
@@ -102,6 +102,13 @@ class Run:
         hosts = ray.get(ray.get_actor(actor_name(self.recipe.name), namespace=NAMESPACE).members.remote())
         return sorted((host for host in hosts if host["rank"] is not None), key=lambda host: host["rank"])
 
+    def begin(self) -> None:
+        """Return once it has made its first step, with each worker on one core."""
+        self.wait_for(1)
+        for member in self.members():
+            if len(psutil.Process(member["pid"]).cpu_affinity()) != 1:
+                raise RuntimeError(f"Host {member['host']} is not held to one core.")
+
     def seconds(self, first: int, last: int) -> float:
         """From the end of step ``first`` to the end of step ``last``."""
         return self.seen[last] - self.seen[first]
@@ -109,9 +116,15 @@ class Run:
     def finish(self) -> "Run":
         """Wait for the end. Raises RuntimeError if it is not a good one."""
         self._reader.join()
-        if self._process.wait():
+        if self.process.wait():
             raise RuntimeError(f"The run {self.recipe.name} failed:\n{''.join(self._lines[-15:])}")
         return self
+
+    def interrupt(self) -> None:
+        """Stop the run as Ctrl-C does, and wait for its end."""
+        self.process.send_signal(signal.SIGINT)
+        self._reader.join()
+        self.process.wait()
 
     def history(self, metric: str) -> dict[int, float]:
         """What MLflow holds of a metric, by step."""
@@ -167,12 +180,16 @@ class Machines:
         self.address, self.nodes = address, list[Node]()
         self._folder, self._started = folder, list[subprocess.Popen]()
 
-    def add_node(self, core: int | None = None) -> Node:
-        """Start node *i* with the resources "seat" and "seat-i", held to ``core`` if given; returns once Ray has it."""
+    def add_node(self, core: int | None = None, *labels: str) -> Node:
+        """Start node *i* with the resources "seat" and "seat-i", held to ``core`` if given; returns once Ray has it.
+
+        ``labels`` are further resources, of which it has one each.
+        """
         import ray
 
         seat = f"seat-{len(self.nodes)}"
-        resources, prefix = json.dumps({"seat": 1, seat: 1}), [] if core is None else ["taskset", "-c", str(core)]
+        resources = json.dumps(dict.fromkeys(["seat", seat, *labels], 1))
+        prefix = [] if core is None else ["taskset", "-c", str(core)]
         process = self._start(f"--address={self.address}", "--num-cpus=1", f"--resources={resources}", prefix=prefix)
         while not (known := [node for node in ray.nodes() if node["Alive"] and seat in node["Resources"]]):
             self._check(process)
@@ -191,17 +208,20 @@ class Machines:
             raise RuntimeError(f"Preparing the data failed:\n{text}")
 
     @contextmanager
-    def run(self, recipe, echo: Callable[[str], None] = lambda line: None) -> Iterator[Run]:
-        """A run that has made its first step, each worker on one core; it is ended with the block."""
+    def launch(self, recipe, echo: Callable[[str], None] = lambda line: None) -> Iterator[Run]:
+        """A run that is about to start; it is ended with the block."""
         run = Run(recipe, self.environment, echo)
         try:
-            run.wait_for(1)
-            for member in run.members():
-                if len(psutil.Process(member["pid"]).cpu_affinity()) != 1:
-                    raise RuntimeError(f"Host {member['host']} is not held to one core.")
             yield run
         finally:
-            end(run._process)
+            end(run.process)
+
+    @contextmanager
+    def run(self, recipe, echo: Callable[[str], None] = lambda line: None) -> Iterator[Run]:
+        """A run that has begun; it is ended with the block."""
+        with self.launch(recipe, echo) as run:
+            run.begin()
+            yield run
 
     def favor(self, run: Run) -> None:
         """Let all else that belongs to the cluster and the run's driver yield to the hosts that train now.
@@ -211,7 +231,7 @@ class Machines:
         """
         favored = {member["pid"] for member in run.members()}
         others: dict[int, int] = {}  # a process of each session
-        for root in [*self._started, run._process]:
+        for root in [*self._started, run.process]:
             for process in [psutil.Process(root.pid), *psutil.Process(root.pid).children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess, ProcessLookupError):
                     if process.pid in favored:
@@ -265,14 +285,13 @@ def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]
 
     With ``own_cores`` node *i* is held to core *i*.
     """
-    cores: list[int | None] = sorted(os.sched_getaffinity(0)) if own_cores else [None] * number
-    if len(cores) < number:
-        raise SystemExit(f"{number} nodes need {number} cores, but this process has {len(cores)}.")
+    cores = first_cores(number) if own_cores else [None] * number
 
     def leave(*_) -> None:
         sys.exit(143)  # by way of the blocks that end what was started
 
     signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and theirs would ignore it
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process keeps to its first one
     import ray
@@ -289,12 +308,20 @@ def open_machines(number: int = 2, own_cores: bool = True) -> Iterator[Machines]
             machines._start_head()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             signal.signal(signal.SIGTERM, leave)  # Ray has put its own in place, which ends the process at once
-            for core in cores[:number]:
+            for core in cores:
                 machines.add_node(core)
             yield machines
         finally:
             ray.shutdown()
             machines._end()
+
+
+def first_cores(number: int) -> list[int]:
+    """Cores that this process may use. Raises SystemExit if there are fewer."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < number:
+        raise SystemExit(f"{number} nodes need {number} cores, but this process has {len(cores)}.")
+    return cores[:number]
 
 
 def _job(name: str, recipe, environment: dict[str, str]) -> subprocess.Popen:

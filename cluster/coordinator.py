@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from cluster.recipe import ScalingRecipe
 
 NAMESPACE = "doge"
-ABORT_SECONDS = 2.0  # from a loss until those who still wait for the lost one are woken
-KILL_SECONDS = 6.0  # … and until those who cannot be woken are replaced
+ABORT_SECONDS = 1.0  # from a loss until those who have not noticed it are told
+KILL_SECONDS = 6.0  # … and until those who cannot be woken from waiting for the lost one are replaced
 
 
 class Coordinator:
@@ -207,7 +207,7 @@ class Coordinator:
                     break
                 if since > KILL_SECONDS:
                     for host in remaining:
-                        if host.answers():
+                        if host.answers() and (not host.computes() or since > self._scaling.hang_timeout_s):
                             self._pool.lose(host, "it could not be woken from waiting for a lost one")
                 continue
             if not self._at_work and all(self._steps(host) for host in calls.values()):
@@ -231,15 +231,15 @@ class Coordinator:
             return True
         reached = max([outcome.step for outcome in outcomes.values()], default=first)
         progress, self._reached = reached > self._reached, max(self._reached, reached)
+        lost = self._pool.lost()
+        self._pool.forget_lost()
         if kinds["left"] == len(outcomes) and outcomes:
             return False
         reasons = [outcome.reason for outcome in outcomes.values() if outcome.kind == "full"]
-        lost = self._pool.lost()
         reasons += [f"a worker was lost ({host.reason})" for host in lost]
         reasons += [outcome.reason for outcome in outcomes.values() if outcome.kind == "broken"]
         reasons = reasons or ["a worker does not answer"]
         self._pool.say(f"Step {reached + 1:,} was interrupted: {reasons[0]}.")
-        self._pool.forget_lost()
         self._failures = 0 if progress else self._failures + 1
         limit = self._scaling.max_failures
         if 0 <= limit < self._failures:

@@ -36,7 +36,7 @@ _STALLS = {"checkpoint", "evaluation"}
 
 Group = tuple[str, ...]
 Start = Literal["first", "replacement"]
-"""Of a worker beside the others: one that an undisturbed run has as well, or one in the place of a lost worker."""
+"""Of a process beside the steps of others: an undisturbed run has it as well, or it takes the place of a lost one."""
 
 
 @dataclass
@@ -121,11 +121,11 @@ class Membership:
         seconds: Mapping[str, float],
         start: float,
         ended: float,
-        beside: Start | None = None,
+        beside: Start | None,
     ) -> None:
         """Take in what a host did from ``start`` to ``ended``: the step, or what followed it.
 
-        ``beside`` is the kind of another host's start at that time.
+        ``beside`` is the kind of another host's start at the time of the step.
         """
         if "step" in seconds:
             self.devices[host] = device

@@ -107,10 +107,9 @@ class Host:
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
-        """Wake a member that waits for one that is gone, where its device does not notice by itself."""
-        from doge import process_group
-
-        process_group.abort()
+        """Let a member of a membership that has lost one end it, where it does not notice by itself."""
+        if self._worker is not None:
+            self._worker.abort()
 
     @ray.method(concurrency_group="control")
     def address(self) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 0.5
 ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
 FLUSH_SECONDS = 120.0  # for the checkpoint of a host that is no longer needed
+RETRY_SECONDS = 60.0  # the longest pause after a host that could not start
+
+
+Vacancy = tuple[str, bool]
+"""A node, and whether a spare is wanted there: where memory is short, the hosts of seats may start and spares not."""
 
 
 @dataclass(eq=False)
@@ -58,6 +64,10 @@ class HostRecord:
         """Whether it can be counted on right now."""
         return self.silent() < ANSWER_SECONDS
 
+    def computes(self) -> bool:
+        """Whether it is within a step and waits for nobody."""
+        return self.status.get("phase") == "step" and not self.status["waiting"]
+
 
 class HostPool:
     """The hosts of a run. All methods belong to one event loop.
@@ -82,9 +92,11 @@ class HostPool:
         self.leaving: set[str] = set()
         self.change = asyncio.Event()
         self._dead: set[str] = set()  # nodes that Ray knows to be gone
-        self._failed_starts: Counter[str] = Counter()  # in a row, by node
-        self._given_up: dict[str, str] = {}  # nodes on which no host could be started, and why
-        self._started_on: Counter[str] = Counter()  # hosts, by node
+        self._failed_starts: Counter[Vacancy] = Counter()  # in a row
+        self._retry_at: dict[Vacancy, float] = {}  # monotonic; before that none is started
+        self._given_up: dict[Vacancy, str] = {}  # where no host could be started, and why
+        self._names = itertools.count(1)
+        self._started = 0  # hosts in all that did not fail to start
         self._tasks: set[asyncio.Task] = set()
 
     # ---------------------------------------------------------------- who is there
@@ -115,9 +127,8 @@ class HostPool:
     def hopeless(self, enough: int) -> str:
         """Why there will never be ``enough`` hosts, as far as the nodes that are there go; empty if there may be."""
         alive = sum(host.alive for host in self.hosts.values())
-        room = sum(seat.node not in self._given_up for seat in self.seats)
-        reasons = [self._given_up[seat.node] for seat in self.seats if seat.node in self._given_up]
-        return reasons[0] if reasons and alive < enough and room < enough else ""
+        reasons = [self._given_up[seat.node, False] for seat in self.seats if (seat.node, False) in self._given_up]
+        return reasons[0] if reasons and alive < enough and len(self.seats) - len(reasons) < enough else ""
 
     def free_gpus(self, host: HostRecord, others: list[HostRecord]) -> tuple[str, ...]:
         """GPUs of a seat on the host's node that none of ``others`` has."""
@@ -137,14 +148,17 @@ class HostPool:
         A spare imports for half a minute: beside a host that is about to join it would only slow that one down.
         """
         per_node = Counter(node for node, _ in self._places().elements())
+        undisturbed = len(self.seats) + self._scaling.warm_spares * len(per_node)
         for node, seats in per_node.items():
-            if node in self.leaving | self._dead | set(self._given_up):
+            if node in self.leaving | self._dead:
                 continue
             alive = [host for host in self.hosts.values() if host.node == node and host.alive]
             at_work = spares and sum(host in self.members for host in alive) >= seats
-            for place in range(len(alive), seats + (self._scaling.warm_spares if at_work else 0)):
-                replaces = self._started_on[node] >= seats + self._scaling.warm_spares
-                self._start(node, place >= seats, replaces)
+            for number in range(len(alive), seats + (self._scaling.warm_spares if at_work else 0)):
+                spare = number >= seats
+                if (node, spare) in self._given_up or time.monotonic() < self._retry_at.get((node, spare), 0.0):
+                    break
+                self._start(node, spare, replaces=self._started >= undisturbed)
 
     def dismiss(self) -> None:
         """End the hosts that no seat holds any more and that are no spares, after their checkpoint is written."""
@@ -177,13 +191,15 @@ class HostPool:
             del self.hosts[host.name]
 
     def close(self) -> None:
-        """End all hosts."""
+        """End all hosts, and what is done beside the rest."""
+        for task in self._tasks:
+            task.cancel()
         for host in self.hosts.values():
             kill_host(host.handle, host.node, None)
 
     def _start(self, node: str, spare: bool, replaces: bool) -> None:
-        self._started_on[node] += 1
-        name = f"{node[:6]}-{self._started_on.total()}"
+        self._started += 1
+        name = f"{node[:6]}-{next(self._names)}"
         host = HostRecord(name, node, start_host(name, node), spare)
         self.hosts[name] = host
         self._board.post.remote("starting", (name, replaces, host.started))
@@ -192,14 +208,27 @@ class HostPool:
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self.ask(host, host.handle.prepare.remote(self._config))
         self._board.post.remote("started", (host.name, time.monotonic()))
+        vacancy = (host.node, host.spare)
         if host.info is not None:
-            self._failed_starts[host.node] = 0
-        elif host.node not in self.leaving | self._dead:
-            self._failed_starts[host.node] += 1
-            if 0 <= self._scaling.max_failures < self._failed_starts[host.node]:
-                self._given_up[host.node] = host.reason
-                self.say(f"No worker can start on the node {host.node[:6]}, which is left out: {host.reason}.")
+            self._failed_starts[vacancy] = 0
+        elif host.reason:  # nobody wanted it to end
+            self._started -= 1
+            await self._note_failed_start(vacancy, host.reason)
         self.change.set()
+
+    async def _note_failed_start(self, vacancy: Vacancy, reason: str) -> None:
+        """Try again later, or never; a node that is gone is another matter."""
+        self._failed_starts[vacancy] = failures = self._failed_starts[vacancy] + 1
+        self._retry_at[vacancy] = time.monotonic() + min(WATCH_SECONDS * failures, RETRY_SECONDS)
+        await self._look_at_nodes()  # that it is gone may be news
+        node, spare = vacancy
+        if node in self.leaving | self._dead:
+            self._failed_starts[vacancy] = 0
+            return
+        if 0 <= self._scaling.max_failures < failures:
+            self._given_up[vacancy] = reason
+            whom, then = ("spare", "and there will be none") if spare else ("worker", "which is left out")
+            self.say(f"No {whom} can start on the node {node[:6]}, {then}: {reason}.")
 
     async def _end(self, host: HostRecord) -> None:
         with contextlib.suppress(Exception):
@@ -212,8 +241,7 @@ class HostPool:
         """For as long as the run lasts, look at its nodes and hosts."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            draining, self._dead = await asyncio.to_thread(draining_and_dead_nodes)
-            self._notice(draining)
+            await self._look_at_nodes()
             await asyncio.gather(*(self._look_at(host) for host in list(self.hosts.values()) if host.alive))
 
     async def answering(self, hosts: list[HostRecord]) -> list[HostRecord]:
@@ -221,8 +249,9 @@ class HostPool:
         answers = await asyncio.gather(*(self._hear(host, ANSWER_SECONDS) for host in hosts))
         return [host for host, answer in zip(hosts, answers, strict=True) if answer]
 
-    def _notice(self, draining: set[str]) -> None:
-        """Nodes that will go soon: their hosts leave at the next step, with nothing lost, and none is started there."""
+    async def _look_at_nodes(self) -> None:
+        """Hosts of a node that will go soon leave at the next step, with nothing lost, and none is started there."""
+        draining, self._dead = await asyncio.to_thread(draining_and_dead_nodes)
         if ours := ({host.node for host in self.hosts.values()} & draining) - self.leaving:
             self.say(f"{len(ours)} of the run's nodes will go soon: its workers leave before.")
         if draining != self.leaving:
@@ -238,12 +267,12 @@ class HostPool:
         stuck = host.status.get("seconds", 0.0)
         slow = max(patience, 20 * host.status.get("step_seconds", 0.0) or 10 * patience)
         ending = any(not member.alive for member in self.members)  # who waited for a lost one stops waiting
-        if host.status.get("phase") == "step" and stuck > slow and not host.status["waiting"] and not ending:
+        if host.computes() and stuck > slow and not ending:
             self.lose(host, f"no progress in a step for {stuck:.0f} seconds")
 
     async def _hear(self, host: HostRecord, seconds: float) -> bool:
         """Whether a host says how it is within so many seconds; a question that it leaves open stays the only one."""
-        if host.asking is None:
+        if host.asking is None or host.asking.done():  # an answer that lay there is no news
             host.asking = asyncio.ensure_future(self.ask(host, host.handle.status.remote()))
         asking = host.asking
         done, _ = await asyncio.wait({asking}, timeout=seconds)
@@ -278,8 +307,9 @@ class HostPool:
     # ---------------------------------------------------------------- the rest
 
     async def wait_for_change(self, seconds: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.change.wait(), seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.change.wait()
         self.change.clear()
 
     def free_when_done(self, host: HostRecord, call: asyncio.Future) -> None:

@@ -192,7 +192,7 @@ class Ledger:
             host.sequences += record.sequences
         if record.energy_joules is not None:
             host.joules = (host.joules or 0.0) + record.energy_joules / self._sharers(host)
-        beside = self._beside(start, ended)
+        beside = self._beside(start, ended) if "step" in record.seconds else None
         member.note(record.host, record.device, record.step, record.seconds, start, ended, beside)
         for earlier, later in pairwise(self._memberships[index:]):  # news that comes late
             later.follow(earlier)

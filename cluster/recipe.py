@@ -68,7 +68,8 @@ class ScalingRecipe:
     warm_spares: int = 1
     """Processes on every node that have imported everything and wait to take a lost worker's place."""
     max_failures: int = 8
-    """Times in a row that the workers may fail without a new step having been made; -1 sets no limit."""
+    """Times in a row that the workers may fail without a new step having been made, and that a process may fail to
+    start on a node before that is left out; -1 sets no limit."""
     address: str | None = None
     """Of a Ray cluster; by default the one this machine belongs to, or a new one of this machine alone."""
 

@@ -31,6 +31,7 @@ from doge.hardware import device_name, energy_joules, peak_memory_bytes, peak_tf
 from doge.modeling import build_model
 from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
+from doge.storage import StorageError
 from doge.train_state import TrainState
 from doge.warm_up import warm_up
 
@@ -84,6 +85,14 @@ class Worker:
         engine = membership.engine if membership is not None else None
         return engine is not None and engine.waiting
 
+    def abort(self) -> None:
+        """From another thread: break off a membership that has lost a member, whether it computes or waits."""
+        membership = self._membership
+        engine = membership.engine if membership is not None else None
+        if engine is not None:
+            engine.abandon()
+        process_group.abort()
+
     def warm_up(self) -> None:
         """Do once what would make a first step slow."""
         recipe = self.recipe
@@ -125,9 +134,14 @@ class Worker:
 
     def starting_state(self) -> Given | None:
         """The newest state: the one this host holds or a checkpoint, of this run or else the one to start from."""
-        steps = self.checkpoints.steps()
-        if self.held is None or (steps and steps[-1] > self.held[0].step):
-            self.held = self.checkpoints.latest() or self.held
+        try:
+            steps = self.checkpoints.steps()
+            if self.held is None or (steps and steps[-1] > self.held[0].step):
+                self.held = self.checkpoints.latest() or self.held
+        except StorageError as error:
+            if self.held is None:
+                raise
+            self.say(f"Going on from step {self.held[0].step:,}, which is in memory: {error}")
         state, memory = self.held or self._foreign_start() or (None, None)
         if state is None:
             return None

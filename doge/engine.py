@@ -99,6 +99,7 @@ class Engine:
             config=_config(recipe, self.dtype, optimizer, sum(p.numel() for p in model.parameters())),
         )
         self._clock: StepClock | None = None  # of the step under way or the last one
+        self._abandoned = False
         self._peak_lr = optimizer.lr
         self._grad_norm = torch.nan
         if recipe.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
@@ -142,6 +143,13 @@ class Engine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def abandon(self) -> None:
+        """From another thread: let the step or evaluation under way, which is in vain, end after its micro-batch.
+
+        It raises RuntimeError then.
+        """
+        self._abandoned = True
 
     def step(
         self,
@@ -247,6 +255,7 @@ class Engine:
         self._engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
+            self._check_abandoned()
             totals[0] += self._loss_sum(self._engine, batch)
             totals[1] += _loss_tokens(batch["labels"])
         loss_sum, loss_tokens = self._sum(totals).tolist()
@@ -275,11 +284,16 @@ class Engine:
         losses = [torch.zeros((), dtype=torch.float64, device=self.device)]
         start = 0
         for size in sizes:
+            self._check_abandoned()
             rows = {key: value[start : start + size] for key, value in batch.items()}
             if not fits(lambda rows=rows: losses.append(self._pass(rows, scale))):
                 raise self._too_large(size)
             start += size
         return torch.stack(losses).sum()
+
+    def _check_abandoned(self) -> None:
+        if self._abandoned:
+            raise RuntimeError("The step was abandoned.")
 
     def _pass(self, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
         """Forward and backward of one micro-batch; its summed loss, fp64."""

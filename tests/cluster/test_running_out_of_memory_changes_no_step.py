@@ -190,6 +190,22 @@ def test_other_errors_are_no_matter_of_memory(alone):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_abandoned_step_ends_after_its_micro_batch(alone, stage):
+    engine, passes = alone(stage), []
+
+    def abandon(*_) -> None:
+        passes.append(1)
+        engine.abandon()
+
+    engine.module.register_forward_pre_hook(abandon)
+    with pytest.raises(RuntimeError, match="abandoned"):
+        engine.step(share(0, 0), [1] * 7, 1.0)
+    with pytest.raises(RuntimeError, match="abandoned"):
+        engine.evaluate([share(0, 0)])
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("limit", [2, 99])
 def test_a_rehearsal_changes_nothing(alone, stage, limit):
     engine, twin = alone(stage), alone(stage)

@@ -4,10 +4,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cluster.worker import Worker
 from doge import checkpoint as checkpoints_module
 from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
 from doge.errors import UserError
@@ -39,6 +41,18 @@ def broken(tmp_path):
     root = tmp_path / "disk"
     root.write_text("")
     return root
+
+
+def test_a_host_that_holds_the_state_needs_no_storage_to_go_on_from_it(broken):
+    said, memory = [], {"position": {"data_plan": "plan"}}
+    checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints")
+    config = SimpleNamespace(data_plan="plan", start_from=None)
+    worker = SimpleNamespace(checkpoints=checkpoints, config=config, held=(state(3), memory), say=said.append)
+    assert Worker.starting_state(worker).step == 3
+    assert said[0].startswith("Going on from step 3, which is in memory: ")
+    worker.held = None
+    with pytest.raises(StorageError):
+        Worker.starting_state(worker)
 
 
 def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_back(broken):

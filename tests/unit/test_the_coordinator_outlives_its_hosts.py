@@ -64,6 +64,7 @@ class SimulatedHost(Actor):
         self.start_error = simulation.start_errors.get(node)
         self.silent = False  # it is dead or stopped, and nobody has told
         self.seconds = 0.0  # in its phase
+        self.waiting = False  # for others of its membership
 
     async def _answer(self, value: Any) -> Any:
         await asyncio.sleep(0)
@@ -98,8 +99,8 @@ class SimulatedHost(Actor):
     async def status(self) -> dict[str, Any]:
         number = self.membership.number if self.membership else 0
         return await self._answer({
-            "phase": "step" if self.membership else "idle", "step": 0, "seconds": self.seconds, "waiting": False,
-            "step_seconds": 0.0, "membership": number, "held": 0,
+            "phase": "step" if self.membership else "idle", "step": 0, "seconds": self.seconds,
+            "waiting": self.waiting, "step_seconds": 0.0, "membership": number, "held": 0,
         })  # fmt: skip
 
     async def leave(self) -> None:
@@ -124,7 +125,9 @@ class Simulation:
         self.hosts: list[SimulatedHost] = []
         self.memberships: dict[int, set[str]] = {}  # the hosts' names by number
         self.start_errors: dict[str, Exception] = {}  # by node
+        self.room: dict[str, int] = {}  # hosts for which a node has memory
         self.dead_nodes: set[str] = set()
+        self.dying: set[str] = set()  # nodes that are found dead when a host is to start there
         self.numbers = itertools.count(1)
         self.board = Board()
         monkeypatch.setattr(host_pool, "start_host", self._start)
@@ -133,12 +136,20 @@ class Simulation:
         for module in (host_pool, coordinators):
             monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
         monkeypatch.setattr(host_pool, "ANSWER_SECONDS", 0.3)
+        monkeypatch.setattr(coordinators, "ABORT_SECONDS", 0.05)
+        monkeypatch.setattr(coordinators, "KILL_SECONDS", 0.1)
         scaling = ScalingRecipe(num_workers=(1, 2), max_failures=max_failures)
         self.coordinator = Coordinator("simulated", HostConfig(None, None, None, "", None, False, self.board), scaling)
 
     def _start(self, name: str, node: str) -> SimulatedHost:
-        self.hosts.append(SimulatedHost(name, node, self))
-        return self.hosts[-1]
+        here = sum(host.node == node and not (host.killed.is_set() or host.start_error) for host in self.hosts)
+        self.hosts.append(host := SimulatedHost(name, node, self))
+        if here >= self.room.get(node, 9):
+            host.start_error = ray.exceptions.RayTaskError("prepare", "", MemoryError("too little memory"))
+        if node in self.dying:
+            self.dead_nodes.add(node)
+            host.start_error = ray.exceptions.ActorUnschedulableError("The node is gone.")
+        return host
 
     def run(self, story: Callable[["Simulation"], Coroutine]) -> None:
         """Conduct the run while ``story`` happens, which ends it."""
@@ -156,6 +167,13 @@ class Simulation:
 
     def nodes(self, number: int) -> set[str]:
         return {host.node for host in self.hosts if host.name in self.memberships[number]}
+
+    def messages(self) -> list[str]:
+        return [content for kind, content in self.board.posts if kind == "message"]
+
+    def starts(self) -> dict[str, bool]:
+        """Whether each host that was started replaces a lost one, by name."""
+        return {content[0]: content[1] for kind, content in self.board.posts if kind == "starting"}
 
     def events(self) -> list[tuple[str, str]]:
         """Hosts that joined and left."""
@@ -177,6 +195,10 @@ class Simulation:
             if found := spares():
                 return found[0]
             await asyncio.sleep(0.005)
+
+    def later(self, number: int) -> list[int]:
+        """Numbers of the memberships after one."""
+        return [each for each in self.memberships if each > number]
 
     def finish(self) -> None:
         for host in self.hosts:
@@ -223,20 +245,42 @@ def test_the_neighbours_of_a_lost_host_must_answer_before_they_are_counted_on(si
     simulation.run(story)
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_survivor_that_computes_may_end_its_micro_batch_and_one_that_waits_for_ever_is_replaced(simulation, waiting):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        survivor.waiting = waiting
+        await simulation.spare("a")
+        await simulation.spare("b")
+        victim.killed.set()
+        if waiting:
+            await simulation.until(lambda: survivor.killed.is_set())
+        else:
+            await asyncio.sleep(5 * coordinators.KILL_SECONDS)
+            assert not survivor.killed.is_set()
+            survivor.outcome.set_result(Outcome("broken", 0, "The step was abandoned."))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert (simulation.at("a", 2) is survivor) != waiting
+        simulation.finish()
+
+    simulation.run(story)
+
+
 def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simulation):
     async def story(simulation: Simulation) -> None:
         await simulation.until(lambda: 1 in simulation.memberships)
         survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
-        simulation.start_errors["b"] = ray.exceptions.ActorUnschedulableError("The node is gone.")
+        await simulation.spare("a")
+        (await simulation.spare("b")).killed.set()
+        simulation.dying.add("b")
         victim.killed.set()
         survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
         await simulation.until(lambda: 2 in simulation.memberships)
+        await simulation.until(lambda: "b" in simulation.dead_nodes)
         assert simulation.nodes(2) == {"a"}
-        simulation.dead_nodes.add("b")
         await asyncio.sleep(0.1)
-        started = len(simulation.hosts)
-        await asyncio.sleep(0.1)
-        assert len(simulation.hosts) == started
+        assert sum(host.node == "b" for host in simulation.hosts) == 3  # the last of them found it dead
         survivor.seconds = 1000.0  # without a step: the watch still looks at hosts
         await simulation.until(lambda: survivor.killed.is_set())
         await simulation.until(lambda: 3 in simulation.memberships)
@@ -244,6 +288,43 @@ def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simula
         simulation.finish()
 
     simulation.run(story)
+    assert not [message for message in simulation.messages() if message.startswith("No ")]
+
+
+def test_where_a_node_has_no_memory_for_a_spare_its_worker_is_replaced_all_the_same(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=1)
+    simulation.room["b"] = 1
+
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        sentence = "No spare can start on the node b, and there will be none: MemoryError: too little memory."
+        await simulation.until(lambda: sentence in simulation.messages())
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: any(simulation.nodes(number) == {"a", "b"} for number in simulation.later(1)))
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_the_first_hosts_and_spares_replace_nobody_and_later_ones_do(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("a")
+        await simulation.spare("b")
+        assert list(simulation.starts().values()) == [False] * 4
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        await simulation.until(lambda: len(simulation.starts()) == 5)
+        simulation.finish()
+
+    simulation.run(story)
+    assert list(simulation.starts().values()) == [False] * 4 + [True]
+    ready = [content[0] for kind, content in simulation.board.posts if kind == "started"]
+    assert set(list(simulation.starts())[:4]) <= set(ready)
 
 
 @pytest.mark.parametrize("error", [OSError, StorageError])
@@ -253,9 +334,9 @@ def test_a_node_on_which_nothing_starts_is_left_out_and_the_others_train(monkeyp
 
     async def story(simulation: Simulation) -> None:
         await simulation.until(lambda: 1 in simulation.memberships)
-        messages = [content for kind, content in simulation.board.posts if kind == "message"]
         reason = f"{error.__name__}: No space left on device"
-        assert messages == [f"No worker can start on the node b, which is left out: {reason}."]
+        await simulation.until(simulation.messages)
+        assert simulation.messages() == [f"No worker can start on the node b, which is left out: {reason}."]
         assert sum(host.node == "b" for host in simulation.hosts) == 3
         await simulation.spare("a")
         simulation.finish()
@@ -292,4 +373,5 @@ def test_a_watch_that_fails_ends_the_run_with_its_reason(monkeypatch):
     with pytest.raises(ConnectionError):
         simulation.run(story)
     assert simulation.board.reason == "The coordinator of the run failed: ConnectionError('the head is gone')."
+    assert simulation.hosts
     assert all(host.killed.is_set() for host in simulation.hosts)

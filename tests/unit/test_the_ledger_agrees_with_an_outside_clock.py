@@ -66,6 +66,15 @@ def test_what_the_starts_of_replacements_cost_is_lost_and_that_of_the_first_spar
     assert result.lost["spares"] == pytest.approx(starts / TEN_MINUTES * (1 - 1 / 1.8), abs=0.03)
 
 
+def test_what_the_first_spares_cost_an_undisturbed_twin_has_lost_as_well():
+    how = {"restart_seconds": (0.1, 0.2), "replace_seconds": 1.0, "save_steps": 10, "spare_seconds": 30.0}
+    twin = SimulatedRun(1003, [64, 64], **how).run(150.0)
+    disturbed = SimulatedRun(3, [64, 64], kill_seconds=90.0, **how)
+    seen_outside = disturbed.run(150.0) / twin
+    assert figures(disturbed).restarts
+    assert figures(disturbed).goodput == pytest.approx(seen_outside, abs=0.03)
+
+
 def test_a_run_without_its_fastest_worker_is_held_to_what_it_made_before():
     how = {"replace_seconds": 1e9, "restart_seconds": (0.1, 0.2), "save_steps": 1}
     full, small = (SimulatedRun(6, speeds, **how).run(400.0) for speeds in ([48, 16], [16]))
