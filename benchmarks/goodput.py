@@ -137,11 +137,10 @@ def main() -> None:
         (disturbed, undisturbed), kills, turns = train_both(machines, arguments, max_steps)
         figures = Ledger.from_dict(disturbed.ledger()).figures(disturbed.recipe.ledger)
         losses = [run.history("loss") for run in (disturbed, undisturbed)]
-    steps = max(disturbed.seen) - 1
-    seconds = disturbed.seconds(1, steps + 1)
+    last = max(disturbed.seen)
+    steps, seconds = last - 1, disturbed.seconds(1, last)
     possible = steps_after_first(undisturbed, seconds)
     outside, share = steps / possible, turns.seconds[0] / sum(turns.seconds)
-    apart = max(abs(losses[0][step] - losses[1][step]) for step in losses[0].keys() & losses[1].keys())
     tokens = GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH
     lost = ", ".join(f"{cause} {part:.1%}" for cause, part in figures.lost.items())
     print(
@@ -149,11 +148,11 @@ def main() -> None:
         "two workers"
     )
     for label, text in (
-        ("outside clock", f"{seconds:,.1f} s from the end of step 1 to the end of step {steps + 1:,}"),
+        ("outside clock", f"{seconds:,.1f} s from the end of step 1 to the end of step {last:,}"),
         ("turns", f"{share:.2%} of both runs' time was the disturbed one's"),
         ("tokens", f"{steps * tokens:,} that count, of {possible * tokens:,.0f} undisturbed"),
         ("kills", f"{kills}, {figures.lost_steps:,.0f} steps made again"),
-        ("losses", f"of the same step differ by {apart:.1e} at most"),
+        ("loss", f"{losses[0][last]:.4f} at step {last:,}, undisturbed {losses[1][last]:.4f}"),
         ("goodput", f"{figures.goodput:.2%} by the ledger, {outside:.2%} by the outside clock"),
         ("lost", f"{lost}, by the ledger"),
     ):
