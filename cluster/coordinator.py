@@ -201,7 +201,7 @@ class Coordinator:
                 if since > ABORT_SECONDS and not woken:
                     woken = True
                     for host in remaining:
-                        host.handle.abort.remote()
+                        host.handle.abort.remote(self._number)
                 # A host that is silent now will find its membership gone when it comes back.
                 if remaining and not any(host.answers() for host in remaining):
                     break

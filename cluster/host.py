@@ -106,10 +106,9 @@ class Host:
         self._leave.set()
 
     @ray.method(concurrency_group="control")
-    def abort(self) -> None:
-        """Let a member of a membership that has lost one end it, where it does not notice by itself."""
-        if self._worker is not None:
-            self._worker.abort()
+    def abort(self, number: int) -> None:
+        """Let a member of the membership ``number``, which has lost one, end it where it does not notice by itself."""
+        self._worker.abort(number)
 
     @ray.method(concurrency_group="control")
     def address(self) -> tuple[str, int]:

@@ -85,11 +85,12 @@ class Worker:
         engine = membership.engine if membership is not None else None
         return engine is not None and engine.waiting
 
-    def abort(self) -> None:
-        """From another thread: break off a membership that has lost a member, whether it computes or waits."""
-        membership = self._membership
-        engine = membership.engine if membership is not None else None
-        if engine is not None:
+    def abort(self, number: int) -> None:
+        """From another thread: break off a membership that has lost a member, unless it is over already."""
+        loop = self._membership
+        if loop is None or loop.membership.number != number:
+            return
+        if (engine := loop.engine) is not None:
             engine.abandon()
         process_group.abort()
 

@@ -107,7 +107,7 @@ class SimulatedHost(Actor):
         if not self.outcome.done():
             self.outcome.set_result(Outcome("left", 0))
 
-    async def abort(self) -> None:
+    async def abort(self, number: int) -> None:
         pass
 
     async def flush(self) -> None:
