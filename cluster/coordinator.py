@@ -225,7 +225,8 @@ class Coordinator:
     async def _judge(self, outcomes: dict[HostRecord, Outcome], first: int) -> bool:
         """Draw the consequences of a membership's end; True if the run is over."""
         kinds = Counter(outcome.kind for outcome in outcomes.values())
-        if kinds["finished"] and not kinds["broken"]:
+        first_rank = outcomes.get(self._holder)  # it writes the last checkpoint, and has finished when that is there
+        if first_rank is not None and first_rank.kind == "finished":
             return True
         if kinds["stopped"]:
             return True

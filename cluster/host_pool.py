@@ -272,7 +272,10 @@ class HostPool:
 
     async def _hear(self, host: HostRecord, seconds: float) -> bool:
         """Whether a host says how it is within so many seconds; a question that it leaves open stays the only one."""
-        if host.asking is None or host.asking.done():  # an answer that lay there is no news
+        if host.asking is not None and host.asking.done():  # how it was, but not that it answers now
+            host.status = host.asking.result() or host.status
+            host.asking = None
+        if host.asking is None:
             host.asking = asyncio.ensure_future(self.ask(host, host.handle.status.remote()))
         asking = host.asking
         done, _ = await asyncio.wait({asking}, timeout=seconds)

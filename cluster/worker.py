@@ -31,7 +31,6 @@ from doge.hardware import device_name, energy_joules, peak_memory_bytes, peak_tf
 from doge.modeling import build_model
 from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
-from doge.storage import StorageError
 from doge.train_state import TrainState
 from doge.warm_up import warm_up
 
@@ -135,14 +134,11 @@ class Worker:
 
     def starting_state(self) -> Given | None:
         """The newest state: the one this host holds or a checkpoint, of this run or else the one to start from."""
-        try:
-            steps = self.checkpoints.steps()
-            if self.held is None or (steps and steps[-1] > self.held[0].step):
-                self.held = self.checkpoints.latest() or self.held
-        except StorageError as error:
-            if self.held is None:
-                raise
-            self.say(f"Going on from step {self.held[0].step:,}, which is in memory: {error}")
+        # Without the storage nobody knows whether what is held is the newest: of a member other than rank 0 it is what
+        # its membership began with.
+        steps = self.checkpoints.steps()
+        if self.held is None or (steps and steps[-1] > self.held[0].step):
+            self.held = self.checkpoints.latest() or self.held
         state, memory = self.held or self._foreign_start() or (None, None)
         if state is None:
             return None

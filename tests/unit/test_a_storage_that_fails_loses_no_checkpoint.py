@@ -43,16 +43,17 @@ def broken(tmp_path):
     return root
 
 
-def test_a_host_that_holds_the_state_needs_no_storage_to_go_on_from_it(broken):
-    said, memory = [], {"position": {"data_plan": "plan"}}
-    checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints")
+def test_a_host_does_not_go_on_from_what_it_holds_where_the_storage_may_have_newer(broken):
+    memory = {"position": {"data_plan": "plan"}}
     config = SimpleNamespace(data_plan="plan", start_from=None)
-    worker = SimpleNamespace(checkpoints=checkpoints, config=config, held=(state(3), memory), say=said.append)
-    assert Worker.starting_state(worker).step == 3
-    assert said[0].startswith("Going on from step 3, which is in memory: ")
-    worker.held = None
+    checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints")
+    worker = SimpleNamespace(checkpoints=checkpoints, config=config, held=(state(3), memory))
     with pytest.raises(StorageError):
         Worker.starting_state(worker)
+    broken.unlink()
+    Checkpoints(Storage(str(broken)) / "checkpoints").save(state(9), memory)
+    until(checkpoints.steps)
+    assert Worker.starting_state(worker).step == 9
 
 
 def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_back(broken):

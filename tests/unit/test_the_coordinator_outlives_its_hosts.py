@@ -65,9 +65,10 @@ class SimulatedHost(Actor):
         self.silent = False  # it is dead or stopped, and nobody has told
         self.seconds = 0.0  # in its phase
         self.waiting = False  # for others of its membership
+        self.delay = 0.0  # of its answers
 
     async def _answer(self, value: Any) -> Any:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.delay)
         if self.start_error:
             raise self.start_error
         if self.killed.is_set():
@@ -277,10 +278,11 @@ def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simula
         victim.killed.set()
         survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
         await simulation.until(lambda: 2 in simulation.memberships)
-        await simulation.until(lambda: "b" in simulation.dead_nodes)
+        await simulation.until(lambda: "b" in simulation.coordinator._pool._dead)
         assert simulation.nodes(2) == {"a"}
+        started = len(simulation.hosts)
         await asyncio.sleep(0.1)
-        assert sum(host.node == "b" for host in simulation.hosts) == 3  # the last of them found it dead
+        assert len(simulation.hosts) == started
         survivor.seconds = 1000.0  # without a step: the watch still looks at hosts
         await simulation.until(lambda: survivor.killed.is_set())
         await simulation.until(lambda: 3 in simulation.memberships)
@@ -325,6 +327,37 @@ def test_the_first_hosts_and_spares_replace_nobody_and_later_ones_do(simulation)
     assert list(simulation.starts().values()) == [False] * 4 + [True]
     ready = [content[0] for kind, content in simulation.board.posts if kind == "started"]
     assert set(list(simulation.starts())[:4]) <= set(ready)
+
+
+def test_a_run_is_not_over_when_rank_0_dies_over_the_last_checkpoint(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        hosts = [simulation.at("a", 1), simulation.at("b", 1)]
+        await simulation.spare("a")
+        await simulation.spare("b")
+        first = hosts[0].membership.members[0].host
+        rank_0, other = sorted(hosts, key=lambda host: host.name != first)
+        other.outcome.set_result(Outcome("finished", 1))
+        await asyncio.sleep(0.05)
+        rank_0.killed.set()
+        await simulation.until(lambda: 2 in simulation.memberships)
+        simulation.finish()
+
+    simulation.run(story)
+    assert simulation.board.reason is None
+
+
+def test_an_answer_that_comes_late_is_still_news(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        host = simulation.at("a", 1)
+        host.delay = 1.5 * host_pool.WATCH_SECONDS  # longer than a look waits, shorter than until the next one
+        host.seconds = 7.0
+        record = next(each for each in simulation.coordinator._pool.members if each.name == host.name)
+        await simulation.until(lambda: record.status.get("seconds") == 7.0)
+        simulation.finish()
+
+    simulation.run(story)
 
 
 @pytest.mark.parametrize("error", [OSError, StorageError])
