@@ -10,7 +10,8 @@ chooses.
 
 The outside clock is this process's: it sees the drivers tell of each step for the first time, and measures from the end
 of a run's first step to the end of its last. Goodput by the outside clock is what the disturbed run made of what its
-twin made in as long a time. The ledger's goodput knows nothing of the twin. The last line is one JSON object.
+twin made in as long a time. The ledger's goodput knows nothing of the twin. Both read somewhat higher than on machines
+of their own: the head, which leads the restarts, takes no turns. The last line is one JSON object.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from turns import Turns
 
 SIDES = ("disturbed", "undisturbed")
 SEQUENCE_LENGTH, GLOBAL_BATCH_SIZE = 512, 16
-FASTEST = 2.0  # steps a second for which there is data
+FASTEST = 5.0  # steps a second for which there is data, of one run's turns
 LAST_KILL_SECONDS = 30  # before the end, of one run's turns
 FAIR_SHARE = 0.01  # of their time by which the two may differ
+MOST_IDLE = 0.1  # of the time that nobody has, while one is stopped and the other is not yet woken
 
 
 def recipe(storage: str, name: str, max_steps: int, save_steps: int):
@@ -110,6 +112,7 @@ def train_both(machines: Machines, arguments: argparse.Namespace, max_steps: int
                 time.sleep(max(0.0, end - 60 * minutes_left - time.monotonic()))
                 told = ", ".join(f"{run.recipe.name} {max(run.seen):,} steps" for run in runs)
                 print(f"{told}, {minutes_left} minutes left", flush=True)
+            disturbed.wait_for(max(disturbed.seen) + 1)  # not amid steps that it makes again
             disturbed.interrupt()
             measured = disturbed.seconds(1, max(disturbed.seen))
             while undisturbed.seconds(1, max(undisturbed.seen)) <= measured:  # it may have begun later
@@ -141,6 +144,7 @@ def main() -> None:
     steps, seconds = last - 1, disturbed.seconds(1, last)
     possible = steps_after_first(undisturbed, seconds)
     outside, share = steps / possible, turns.seconds[0] / sum(turns.seconds)
+    common = min(last, max(undisturbed.seen))
     tokens = GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH
     lost = ", ".join(f"{cause} {part:.1%}" for cause, part in figures.lost.items())
     print(
@@ -149,15 +153,15 @@ def main() -> None:
     )
     for label, text in (
         ("outside clock", f"{seconds:,.1f} s from the end of step 1 to the end of step {last:,}"),
-        ("turns", f"{share:.2%} of both runs' time was the disturbed one's"),
+        ("turns", f"{share:.2%} of both runs' time was the disturbed one's, {turns.idle:.2%} of all nobody's"),
         ("tokens", f"{steps * tokens:,} that count, of {possible * tokens:,.0f} undisturbed"),
         ("kills", f"{kills}, {figures.lost_steps:,.0f} steps made again"),
-        ("loss", f"{losses[0][last]:.4f} at step {last:,}, undisturbed {losses[1][last]:.4f}"),
+        ("loss", f"{losses[0][common]:.4f} at step {common:,}, undisturbed {losses[1][common]:.4f}"),
         ("goodput", f"{figures.goodput:.2%} by the ledger, {outside:.2%} by the outside clock"),
         ("lost", f"{lost}, by the ledger"),
     ):
         print(f"  {label:14} {text}")
-    if abs(share - 0.5) > FAIR_SHARE:
+    if abs(share - 0.5) > FAIR_SHARE or turns.idle > MOST_IDLE:
         raise SystemExit("The runs did not have the machine for as long as each other: leave it to this benchmark.")
     result = {
         "goodput": round(figures.goodput, 4),
@@ -166,8 +170,8 @@ def main() -> None:
         "kills": kills,
         "restarts": figures.restarts,
         "lost_steps": figures.lost_steps,
-        "restart_seconds": figures.restart_seconds,
-        "seconds": round(seconds, 1),
+        "restart_seconds_of_both": figures.restart_seconds,
+        "seconds_of_both": round(seconds, 1),
     }
     print(json.dumps(result))
 

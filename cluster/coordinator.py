@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "doge"
 ABORT_SECONDS = 1.0  # from a loss until those who have not noticed it are told
-KILL_SECONDS = 6.0  # … and until those who cannot be woken from waiting for the lost one are replaced
+PAUSE_SECONDS = 30.0  # the longest one between attempts to form a membership
 
 
 class Coordinator:
@@ -53,9 +53,8 @@ class Coordinator:
         group = self._groups.setdefault(seat.group, {})
         group[seat.rank] = seat
         if len(group) == seat.size:
-            self._pool.seats = tuple(group[rank] for rank in range(seat.size))
             self._groups = {seat.group: group}
-            self._pool.change.set()
+            self._pool.seat(tuple(group[rank] for rank in range(seat.size)))
 
     async def over(self) -> None:
         """Return when the run is over."""
@@ -122,8 +121,11 @@ class Coordinator:
         """One membership, from forming to its end; True if the run is over."""
         began = time.monotonic()
         formed = await self._form(hosts)
-        if formed is None:
-            return False
+        if isinstance(formed, str):
+            self._pool.say(f"The workers could not meet: {formed}")
+            over = await self._note_failure(formed)
+            await asyncio.sleep(0 if over else min(WATCH_SECONDS * 2**self._failures, PAUSE_SECONDS))
+            return over
         membership, hosts, given, step = formed
         lost_for, self._lost_at = began - self._lost_at if self._lost_at is not None else None, None
         self._pool.members, first = hosts, step
@@ -148,8 +150,8 @@ class Coordinator:
         self._pool.members = []
         return await self._judge(outcomes, first)
 
-    async def _form(self, hosts: list[HostRecord]) -> tuple[Membership, list[HostRecord], Any, int] | None:
-        """Let the host with the newest state offer it, and order the hosts behind it; None if one was lost over it."""
+    async def _form(self, hosts: list[HostRecord]) -> tuple[Membership, list[HostRecord], Any, int] | str:
+        """Let the host with the newest state offer it, and order the hosts behind it; or why that could not be."""
         source = self._source(hosts)
         if source in hosts:
             hosts = [source, *(host for host in hosts if host is not source)]
@@ -157,18 +159,19 @@ class Coordinator:
         offered = await self._pool.ask(source, source.handle.offer.remote(hosts != [source]))
         source.busy = False
         address = await self._pool.ask(hosts[0], hosts[0].handle.address.remote())
-        if offered is None or address is None or not all(host.alive for host in hosts):
-            return None
-        step, references = offered
+        if lost := [host for host in {source, *hosts} if not host.alive]:
+            return f"a worker was lost ({lost[0].reason})."
+        if offered.trouble:
+            return offered.trouble
         self._number += 1
         members = []
         for host in hosts:
             host.gpus = host.gpus if host.gpus is not None else self._pool.free_gpus(host, hosts)
             members.append(Member(host.name, host.node, host.info.machine, host.gpus))
-        self._reached = max(self._reached, step)
+        self._reached = max(self._reached, offered.step)
         self._holder = hosts[0]
         membership = Membership(self._number, tuple(members), tuple(address), source.name)
-        return membership, hosts, references[0] if references else None, step
+        return membership, hosts, offered.references[0] if offered.references else None, offered.step
 
     def _source(self, hosts: list[HostRecord]) -> HostRecord:
         """The host to take the state from: the last rank 0, also one that is about to go, or whoever has the newest."""
@@ -198,17 +201,16 @@ class Coordinator:
             if ended_at is not None:
                 self._lost_at = self._lost_at or ended_at
                 since = time.monotonic() - ended_at
-                if since > ABORT_SECONDS and not woken:
+                silent = remaining and not any(host.answers() for host in remaining)
+                if (since > ABORT_SECONDS or silent) and not woken:
                     woken = True
                     for host in remaining:
                         host.handle.abort.remote(self._number)
-                # A host that is silent now will find its membership gone when it comes back.
-                if remaining and not any(host.answers() for host in remaining):
+                if silent:  # they find their membership gone when they come back
                     break
-                if since > KILL_SECONDS:
-                    for host in remaining:
-                        if host.answers() and (not host.computes() or since > self._scaling.hang_timeout_s):
-                            self._pool.lose(host, "it could not be woken from waiting for a lost one")
+                for host in remaining:
+                    if host.answers() and since > host.patience(self._scaling.hang_timeout_s):
+                        self._pool.lose(host, "it could not be woken from waiting for a lost one")
                 continue
             if not self._at_work and all(self._steps(host) for host in calls.values()):
                 self._at_work = True
@@ -241,15 +243,19 @@ class Coordinator:
         reasons += [outcome.reason for outcome in outcomes.values() if outcome.kind == "broken"]
         reasons = reasons or ["a worker does not answer"]
         self._pool.say(f"Step {reached + 1:,} was interrupted: {reasons[0]}.")
-        self._failures = 0 if progress else self._failures + 1
-        limit = self._scaling.max_failures
-        if 0 <= limit < self._failures:
+        self._failures = -1 if progress else self._failures
+        return await self._note_failure(reasons[0])
+
+    async def _note_failure(self, reason: str) -> bool:
+        """Count a failure without a new step; True if it was one too many, and the run is over."""
+        self._failures += 1
+        over = 0 <= self._scaling.max_failures < self._failures
+        if over:
             await self._board.stop.remote(
-                f"The workers failed {self._failures} times without making a new step ({reasons[0]}): the same command "
-                "goes on from the last checkpoint."
+                f"The workers failed {self._failures} times without making a new step ({reason.rstrip('.')}): the same "
+                "command goes on from the last checkpoint."
             )
-            return True
-        return False
+        return over
 
     def _should_change(self, members: list[HostRecord]) -> bool:
         """Whether other hosts should train than those who do."""

@@ -12,9 +12,9 @@ from typing import Any
 import ray
 
 from cluster.lease import Claim
-from cluster.membership import Given, HostInfo, Membership, Outcome
+from cluster.membership import Given, HostInfo, Membership, Offer, Outcome
 from cluster.recipe import Recipe
-from doge.storage import Storage
+from doge.storage import Storage, StorageError
 
 # A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
 # for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread sleep while
@@ -76,15 +76,15 @@ class Host:
         return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address())
 
     @ray.method(concurrency_group="loop")
-    def offer(self, copies: bool) -> tuple[int, list[Any]]:
-        """The step of the state to go on from, newest first known to this host, then to the storage.
-
-        With ``copies``, also a reference to it in the object store for the others; empty where nothing was saved yet.
-        """
-        given = self._worker.starting_state()
+    def offer(self, copies: bool) -> Offer:
+        """The newest state that this host or the storage has; with ``copies`` also a reference to it for the others."""
+        try:
+            given = self._worker.starting_state()
+        except StorageError as error:
+            return Offer(trouble=str(error))
         if given is None:
-            return 0, []
-        return given.step, [ray.put(given)] if copies else []
+            return Offer()
+        return Offer(given.step, (ray.put(given),) if copies else ())
 
     @ray.method(concurrency_group="loop")
     def run(self, membership: Membership, rank: int, given: Given | None) -> Outcome:

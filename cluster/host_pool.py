@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 0.5
 ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
 FLUSH_SECONDS = 120.0  # for the checkpoint of a host that is no longer needed
-RETRY_SECONDS = 60.0  # the longest pause after a host that could not start
-
+RETRY_SECONDS = 600.0  # until a spare is tried again where several could not start
+KILL_SECONDS = 6.0  # from a loss until those who cannot be woken from waiting for the lost one are replaced
 
 Vacancy = tuple[str, bool]
 """A node, and whether a spare is wanted there: where memory is short, the hosts of seats may start and spares not."""
@@ -37,6 +37,7 @@ class HostRecord:
     node: str
     handle: Any
     spare: bool  # it was started to wait
+    replaces: bool = False  # it was started for one that was lost
     gpus: tuple[str, ...] | None = None  # None: not bound to any yet
     info: HostInfo | None = None  # once it is ready
     status: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +69,19 @@ class HostRecord:
         """Whether it is within a step and waits for nobody."""
         return self.status.get("phase") == "step" and not self.status["waiting"]
 
+    def patience(self, hang_timeout_s: float) -> float:
+        """Seconds that it has to end a membership that lost another.
+
+        Who waits for the others, and was not woken by now, never will be. Whoever does something of its own ends after
+        its micro-batch, or its checkpoint; only on a GPU it may be a collective that the computing waits for.
+        """
+        step = 3 * self.status.get("step_seconds", 0.0)
+        if self.status.get("waiting", True):
+            return KILL_SECONDS
+        if self.gpus and self.status["phase"] == "step":
+            return max(KILL_SECONDS, step)
+        return max(hang_timeout_s, step)
+
 
 class HostPool:
     """The hosts of a run. All methods belong to one event loop.
@@ -92,11 +106,12 @@ class HostPool:
         self.leaving: set[str] = set()
         self.change = asyncio.Event()
         self._dead: set[str] = set()  # nodes that Ray knows to be gone
-        self._failed_starts: Counter[Vacancy] = Counter()  # in a row
+        self._failed_starts: Counter[Vacancy] = Counter()  # attempts in a row
+        self._failed_at: dict[Vacancy, float] = {}  # monotonic; whoever was started before belongs to that attempt
         self._retry_at: dict[Vacancy, float] = {}  # monotonic; before that none is started
-        self._given_up: dict[Vacancy, str] = {}  # where no host could be started, and why
+        self._given_up: dict[str, str] = {}  # nodes on which no worker could be started, and why
         self._names = itertools.count(1)
-        self._started = 0  # hosts in all that did not fail to start
+        self._to_replace = 0  # hosts that were lost and in whose place none was started yet
         self._tasks: set[asyncio.Task] = set()
 
     # ---------------------------------------------------------------- who is there
@@ -126,9 +141,11 @@ class HostPool:
 
     def hopeless(self, enough: int) -> str:
         """Why there will never be ``enough`` hosts, as far as the nodes that are there go; empty if there may be."""
-        alive = sum(host.alive for host in self.hosts.values())
-        reasons = [self._given_up[seat.node, False] for seat in self.seats if (seat.node, False) in self._given_up]
-        return reasons[0] if reasons and alive < enough and len(self.seats) - len(reasons) < enough else ""
+        alive = Counter(host.node for host in self.hosts.values() if host.alive)
+        seats = Counter(seat.node for seat in self.seats)
+        possible = sum(min(number, alive[node]) if node in self._given_up else number for node, number in seats.items())
+        reasons = [self._given_up[node] for node in seats if node in self._given_up]
+        return reasons[0] if reasons and possible < enough else ""
 
     def free_gpus(self, host: HostRecord, others: list[HostRecord]) -> tuple[str, ...]:
         """GPUs of a seat on the host's node that none of ``others`` has."""
@@ -142,27 +159,32 @@ class HostPool:
 
     # ---------------------------------------------------------------- coming and going
 
+    def seat(self, seats: tuple[Seat, ...]) -> None:
+        """These are the seats from now on; where no host could be started, it is tried again."""
+        self.seats = seats
+        self._given_up.clear()
+        self._failed_starts.clear()
+        self.change.set()
+
     def employ(self, spares: bool) -> None:
         """Start hosts where seats have too few; with ``spares``, also those, where the hosts of all seats are at work.
 
         A spare imports for half a minute: beside a host that is about to join it would only slow that one down.
         """
-        per_node = Counter(node for node, _ in self._places().elements())
-        undisturbed = len(self.seats) + self._scaling.warm_spares * len(per_node)
-        for node, seats in per_node.items():
+        for node, seats in Counter(seat.node for seat in self.seats).items():
             if node in self.leaving | self._dead:
                 continue
             alive = [host for host in self.hosts.values() if host.node == node and host.alive]
             at_work = spares and sum(host in self.members for host in alive) >= seats
             for number in range(len(alive), seats + (self._scaling.warm_spares if at_work else 0)):
                 spare = number >= seats
-                if (node, spare) in self._given_up or time.monotonic() < self._retry_at.get((node, spare), 0.0):
+                if (not spare and node in self._given_up) or time.monotonic() < self._retry_at.get((node, spare), 0.0):
                     break
-                self._start(node, spare, replaces=self._started >= undisturbed)
+                self._start(node, spare)
 
     def dismiss(self) -> None:
         """End the hosts that no seat holds any more and that are no spares, after their checkpoint is written."""
-        seats = Counter(node for node, _ in self._places().elements())
+        seats = Counter(seat.node for seat in self.seats)
         for node in {host.node for host in self.hosts.values()}:
             room = 0 if node in self.leaving or not seats[node] else seats[node] + self._scaling.warm_spares
             here = [host for host in self.hosts.values() if host.node == node and host.alive]
@@ -177,6 +199,9 @@ class HostPool:
             return
         host.reason = reason
         host.lost.set()
+        if reason and host.info is not None:
+            self._to_replace += 1
+            self._given_up.pop(host.node, None)  # there is room again
         if host.used:
             self._board.post.remote("left", (host.name, time.monotonic()))
         # A stopped process hears no request: only the signal ends it.
@@ -197,38 +222,43 @@ class HostPool:
         for host in self.hosts.values():
             kill_host(host.handle, host.node, None)
 
-    def _start(self, node: str, spare: bool, replaces: bool) -> None:
-        self._started += 1
+    def _start(self, node: str, spare: bool) -> None:
         name = f"{node[:6]}-{next(self._names)}"
-        host = HostRecord(name, node, start_host(name, node), spare)
+        host = HostRecord(name, node, start_host(name, node), spare, replaces=self._to_replace > 0)
+        self._to_replace -= host.replaces
         self.hosts[name] = host
-        self._board.post.remote("starting", (name, replaces, host.started))
+        self._board.post.remote("starting", (name, host.replaces, host.started))
         self._begin(self._prepare(host))
 
     async def _prepare(self, host: HostRecord) -> None:
         host.info = await self.ask(host, host.handle.prepare.remote(self._config))
         self._board.post.remote("started", (host.name, time.monotonic()))
-        vacancy = (host.node, host.spare)
         if host.info is not None:
-            self._failed_starts[vacancy] = 0
+            self._failed_starts[host.node, host.spare] = 0
         elif host.reason:  # nobody wanted it to end
-            self._started -= 1
-            await self._note_failed_start(vacancy, host.reason)
+            self._to_replace += host.replaces
+            await self._note_failed_start(host)
         self.change.set()
 
-    async def _note_failed_start(self, vacancy: Vacancy, reason: str) -> None:
+    async def _note_failed_start(self, host: HostRecord) -> None:
         """Try again later, or never; a node that is gone is another matter."""
-        self._failed_starts[vacancy] = failures = self._failed_starts[vacancy] + 1
-        self._retry_at[vacancy] = time.monotonic() + min(WATCH_SECONDS * failures, RETRY_SECONDS)
-        await self._look_at_nodes()  # that it is gone may be news
-        node, spare = vacancy
-        if node in self.leaving | self._dead:
-            self._failed_starts[vacancy] = 0
+        vacancy, now = (host.node, host.spare), time.monotonic()
+        if host.started < self._failed_at.get(vacancy, 0.0):  # it was started beside one whose failure is known
             return
-        if 0 <= self._scaling.max_failures < failures:
-            self._given_up[vacancy] = reason
-            whom, then = ("spare", "and there will be none") if spare else ("worker", "which is left out")
-            self.say(f"No {whom} can start on the node {node[:6]}, {then}: {reason}.")
+        self._failed_at[vacancy] = now
+        self._failed_starts[vacancy] = failures = self._failed_starts[vacancy] + 1
+        self._retry_at[vacancy] = now + WATCH_SECONDS * failures
+        await self._look_at_nodes()  # that it is gone may be news
+        limit = self._scaling.max_failures
+        if host.node in self.leaving | self._dead:
+            self._failed_starts[vacancy] = 0
+        elif 0 <= limit < failures and host.spare:
+            self._retry_at[vacancy] = now + RETRY_SECONDS
+            if failures == limit + 1:
+                self.say(f"No spare can start on the node {host.node[:6]} for now: {host.reason}.")
+        elif 0 <= limit < failures:
+            self._given_up[host.node] = host.reason
+            self.say(f"No worker can start on the node {host.node[:6]}, which is left out: {host.reason}.")
 
     async def _end(self, host: HostRecord) -> None:
         with contextlib.suppress(Exception):
@@ -316,10 +346,16 @@ class HostPool:
         self.change.clear()
 
     def free_when_done(self, host: HostRecord, call: asyncio.Future) -> None:
-        """A silent host's call is still under way: it is busy until that has ended."""
+        """A silent host's call is still under way: it is busy until that has ended, soon after it answers again."""
 
         async def release() -> None:
-            await asyncio.wait({call})
+            silent = time.monotonic()  # the last time it was
+            while not call.done():
+                await asyncio.wait({call}, timeout=WATCH_SECONDS)
+                if not host.answers():
+                    silent = time.monotonic()
+                elif time.monotonic() - silent > host.patience(self._scaling.hang_timeout_s):
+                    self.lose(host, "it could not be woken from waiting for a lost one")
             host.busy = False
             self.change.set()
 

@@ -94,6 +94,21 @@ class HostInfo:
     ip: str
 
 
+@dataclass(frozen=True)
+class Offer:
+    """The state that a host would go on from.
+
+    Args:
+        step: updates that it is after.
+        references: to it as a `Given` in the object store, if it was asked for and there is one.
+        trouble: of the storage, without which nobody knows the newest state: the rest means nothing.
+    """
+
+    step: int = 0
+    references: tuple[Any, ...] = ()
+    trouble: str = ""
+
+
 @dataclass
 class Given:
     """A state on its way to a host, besides the tensors: the position in the data and the recipe that made it."""

@@ -20,7 +20,7 @@ from cluster.ledger import StepRecord
 from cluster.membership import Given, Membership, Outcome, node_name
 from cluster.pace import Pace
 from cluster.shares import Shares, plan_shares
-from data_pipelines.reader import Batch, Reader
+from data_pipelines.reader import Batch, ReadAhead, Reader
 from doge import process_group
 from doge.checkpoint import Checkpoints, load_checkpoint
 from doge.configuration import flops_per_token
@@ -82,16 +82,14 @@ class Worker:
         """Whether the loop waits for other workers right now."""
         membership = self._membership
         engine = membership.engine if membership is not None else None
-        return engine is not None and engine.waiting
+        return self.phase[0] == "joining" if engine is None else engine.waiting
 
     def abort(self, number: int) -> None:
         """From another thread: break off a membership that has lost a member, unless it is over already."""
         loop = self._membership
-        if loop is None or loop.membership.number != number:
-            return
-        if (engine := loop.engine) is not None:
-            engine.abandon()
-        process_group.abort()
+        if loop is not None and loop.membership.number == number:
+            loop.abandon()
+            process_group.abort()
 
     def warm_up(self) -> None:
         """Do once what would make a first step slow."""
@@ -176,6 +174,16 @@ class MembershipLoop:
         self.world_size = len(membership.members)
         self.recipe, self.board, self.reader = worker.recipe, worker.board, worker.reader
         self.engine: Engine | None = None
+        self._abandoned = threading.Event()
+        self._read_ahead: ReadAhead | None = None
+
+    def abandon(self) -> None:
+        """From another thread: what is under way is in vain, and ends with an error at the next chance."""
+        self._abandoned.set()
+        if (engine := self.engine) is not None:
+            engine.abandon()
+        if (read_ahead := self._read_ahead) is not None:
+            read_ahead.stop()
 
     def enter(self, given: Given | None) -> None:
         """Join the group and build the engine around the run's state."""
@@ -202,6 +210,8 @@ class MembershipLoop:
         if self.recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.engine = Engine(model, self.recipe.optimizer, self.recipe.engine, self.device, state)
+        if self._abandoned.is_set():
+            raise RuntimeError("The membership was abandoned.")
         self._cache = MicroBatchCache(worker.config.storage / "micro_batches")
         self.pace = self._pace()
         track_expert_usage(self.engine.module)
@@ -223,13 +233,13 @@ class MembershipLoop:
         """Step until the recipe's last step is made and committed, or until a member wants to leave."""
         training, worker = self.recipe.training, self.worker
         shares = self.pace.shares
-        batches = self._batches(shares)
+        self._read(shares)
         own_seconds, counts = 0.0, shares.counts  # of the step before
         try:
             for step in range(self.engine.step_count, training.max_steps):
                 began = time.monotonic()
                 worker.enter("data", step)
-                batch = next(batches)
+                batch = next(self._read_ahead)
                 waited = time.monotonic() - began
                 worker.enter("step", step)
                 factor = self.recipe.lr_scheduler.factor(step, training.max_steps)
@@ -267,12 +277,11 @@ class MembershipLoop:
                 changed, counts = self._follow(result.told, counts), shares.counts
                 if changed:
                     shares = self.pace.shares
-                    batches.close()
-                    batches = self._batches(shares)
+                    self._read(shares)
             self._timed("commit", worker.checkpoints.wait)
         finally:
             worker.enter("closing", self.engine.step_count)  # a collective that broke is no step without progress
-            batches.close()
+            self._read_ahead.close()
         return Outcome("finished", self.engine.step_count, seconds=self.seconds)
 
     def evaluate(self) -> None:
@@ -330,12 +339,16 @@ class MembershipLoop:
             self.worker.speed = self.pace.speeds[self.rank]
         return changed
 
-    def _batches(self, shares: Shares) -> Iterator[Batch]:
-        """This rank's share of every step to come."""
+    def _read(self, shares: Shares) -> None:
+        """Read ahead this rank's share of every step to come."""
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         training, start = self.recipe.training, self.position.next_sequence
         steps = range(training.max_steps - self.engine.step_count)
         own = (shares.ranges(start + step * training.global_batch_size)[self.rank] for step in steps)
-        return self.reader.prefetch((share.start, share.stop) for share in own)
+        self._read_ahead = self.reader.prefetch((share.start, share.stop) for share in own)
+        if self._abandoned.is_set():
+            self._read_ahead.stop()
 
     def _timed(self, phase: str, act: Callable[[], object]) -> float:
         began = time.monotonic()

@@ -6,10 +6,9 @@ for batch in reader.prefetch((start, stop) for each step):
 """
 
 import logging
-import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -43,6 +42,72 @@ class Batch(NamedTuple):
     position_ids: np.ndarray
     labels: np.ndarray
     samples: list[Sample]
+
+
+class ReadAhead(Iterator[Batch]):
+    """Batches that a thread of its own reads ahead; its errors are raised where they are taken. Close it.
+
+    Args:
+        read: reads a range, and gives up once the event is set.
+        ranges: of sequences, a batch each.
+        depth: the most batches that lie ready.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int, threading.Event], Batch | None],
+        ranges: Iterable[tuple[int, int]],
+        depth: int,
+    ):
+        self._read, self._ranges = read, ranges
+        self._ready: deque[Batch | BaseException] = deque()
+        self._depth = depth
+        self._change = threading.Condition()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        with self._change:
+            self._change.wait_for(lambda: self._ready or self._stopped.is_set())
+            if self._stopped.is_set():
+                raise RuntimeError("Reading ahead was stopped.")
+            item = self._ready[0] if isinstance(self._ready[0], BaseException) else self._ready.popleft()
+            self._change.notify_all()
+        if isinstance(item, BaseException):
+            self._thread.join()
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """From any thread: nobody waits for a batch any more; who does gets a RuntimeError."""
+        with self._change:
+            self._stopped.set()
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Stop, and wait for the end of the thread."""
+        self.stop()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for start, stop in self._ranges:
+                batch = self._read(start, stop, self._stopped)
+                if not self._put(batch):
+                    return
+            self._put(StopIteration())
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        """Lay an item down when there is room; whether anybody still wants it."""
+        with self._change:
+            self._change.wait_for(lambda: len(self._ready) < self._depth or self._stopped.is_set())
+            if not self._stopped.is_set():
+                self._ready.append(item)
+                self._change.notify_all()
+            return not self._stopped.is_set()
 
 
 class Reader:
@@ -82,42 +147,14 @@ class Reader:
         """Held-out sequences ``[start, stop)`` within ``range(data.held_out_sequences)``."""
         return self._batch([self._wait_for(self._order.held_out, index) for index in range(start, stop)])
 
-    def prefetch(self, ranges: Iterable[tuple[int, int]], depth: int = 2) -> Iterator[Batch]:
-        """`read` of each range in turn, up to ``depth`` batches ahead in a background thread.
+    def prefetch(self, ranges: Iterable[tuple[int, int]], depth: int = 2) -> "ReadAhead":
+        """`read` of each range in turn, up to ``depth`` batches ahead in a background thread."""
 
-        The thread ends with the iterator, also when that is closed early; its errors are raised here.
-        """
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-        stopped = threading.Event()
+        def read(start: int, stop: int, stopped: threading.Event) -> Batch | None:
+            samples = [self._wait_for(self._order.training, index, stopped) for index in range(start, stop)]
+            return None if stopped.is_set() else self._batch(samples)
 
-        def put(item: Batch | BaseException | None) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            try:
-                for start, stop in ranges:
-                    samples = [self._wait_for(self._order.training, i, stopped) for i in range(start, stop)]
-                    if stopped.is_set():
-                        return
-                    put(self._batch(samples))
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=work, name="prefetch", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+        return ReadAhead(read, ranges, depth)
 
     def _wait_for(
         self, find: Callable[[int], Sample], index: int, stopped: threading.Event | None = None

@@ -98,7 +98,7 @@ class Engine:
             optimizer=optimizer.build(model),
             config=_config(recipe, self.dtype, optimizer, sum(p.numel() for p in model.parameters())),
         )
-        self._clock: StepClock | None = None  # of the step under way or the last one
+        self._clock: StepClock | None = None  # of what is under way or was last
         self._abandoned = False
         self._peak_lr = optimizer.lr
         self._grad_norm = torch.nan
@@ -116,7 +116,7 @@ class Engine:
 
     @property
     def waiting(self) -> bool:
-        """Whether a step is under way that waits for other ranks; may be asked from any thread."""
+        """Whether what is under way waits for other ranks; may be asked from any thread."""
         return self._clock is not None and self._clock.current == "wait"
 
     def close(self) -> None:
@@ -258,12 +258,16 @@ class Engine:
             self._check_abandoned()
             totals[0] += self._loss_sum(self._engine, batch)
             totals[1] += _loss_tokens(batch["labels"])
-        loss_sum, loss_tokens = self._sum(totals).tolist()
+        self._clock = StepClock(self.device)
+        with self._clock.span("wait"):
+            loss_sum, loss_tokens = self._sum(totals).tolist()
         return loss_sum / max(loss_tokens, 1.0), int(loss_tokens)
 
     def state(self) -> TrainState | None:
         """The full state as copies in host memory on rank 0, None elsewhere; every rank must call it."""
-        return gather(self._engine, self.step_count)
+        self._clock = StepClock(self.device)
+        with self._clock.span("wait"):
+            return gather(self._engine, self.step_count)
 
     def _clip(self, max_norm: float):
         def hook(optimizer, *_) -> None:

@@ -1,6 +1,5 @@
 """MLflow: one run of ours is one run there, however often it was interrupted."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from doge.errors import UserError
 from doge.storage import Storage
+
+OPENING_SECONDS = 120.0  # at most, for other processes that open the same store
 
 _RUN_FILE = "mlflow.json"
 
@@ -117,15 +120,10 @@ class Tracker:
         if not self.uri.startswith("sqlite:///"):
             yield
             return
-        folder = Path(self.uri.removeprefix("sqlite:///")).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # not every file system can lock
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        database = Path(self.uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{database}.lock", timeout=OPENING_SECONDS):
             yield
-        finally:
-            os.close(lock)
 
     def _continued(self, run: Storage) -> str | None:
         from mlflow.exceptions import MlflowException

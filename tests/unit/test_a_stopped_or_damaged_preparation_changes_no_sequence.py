@@ -271,6 +271,18 @@ def test_prefetching_gives_the_same_batches_and_ends_its_thread(complete):
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+def test_who_waits_for_data_can_be_woken(complete, tmp_path):
+    storage = fresh_copy(complete, tmp_path)
+    shutil.rmtree(storage.path("shards"))
+    batches = Reader(storage, complete[1].fingerprint, poll_seconds=0.02).prefetch([(0, 1)])
+    waker = threading.Timer(0.1, batches.stop)
+    waker.start()
+    with pytest.raises(RuntimeError, match="stopped"):
+        next(batches)
+    batches.close()
+    waker.join()
+
+
 def test_an_error_while_prefetching_reaches_the_caller(complete):
     def broken():
         yield 0, 1

@@ -2,7 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
+from doge import tracking
 from doge.errors import UserError
 from doge.storage import Storage
 from doge.tracking import Tracker, TrackingRecipe
@@ -36,6 +38,15 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_repeating_a_step(track):
     run = MlflowClient(again.uri).get_run(again.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"optimizer.lr": "0.1", "model.preset": "Doge-20M", "scaling.num_workers": "2"}
+
+
+def test_a_store_that_another_process_opens_is_waited_for(track, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = track()
+    monkeypatch.setattr(tracking, "OPENING_SECONDS", 0.1)
+    with FileLock(f"{tracker.uri.removeprefix('sqlite:///')}.lock"), pytest.raises(UserError, match="lock"):
+        track()
+    assert track().run_id == tracker.run_id
 
 
 def test_runs_that_start_at_once_share_a_new_store(tmp_path, monkeypatch):

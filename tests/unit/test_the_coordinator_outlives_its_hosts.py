@@ -4,6 +4,7 @@ are simulated here, its own code runs as it is."""
 import asyncio
 import itertools
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from cluster import coordinator as coordinators
 from cluster import host_pool
 from cluster.coordinator import Coordinator
 from cluster.host import HostConfig
-from cluster.membership import HostInfo, Membership, Outcome, Seat
+from cluster.membership import HostInfo, Membership, Offer, Outcome, Seat
 from cluster.recipe import ScalingRecipe
+from cluster.worker import MembershipLoop, Worker
+from data_pipelines.reader import ReadAhead
 from doge.storage import StorageError
 
 LIMIT = 20.0  # seconds for what takes less than two
@@ -66,6 +69,8 @@ class SimulatedHost(Actor):
         self.seconds = 0.0  # in its phase
         self.waiting = False  # for others of its membership
         self.delay = 0.0  # of its answers
+        self.phase = "step"  # in a membership
+        self.aborted: list[int] = []  # memberships
 
     async def _answer(self, value: Any) -> Any:
         await asyncio.sleep(self.delay)
@@ -73,15 +78,16 @@ class SimulatedHost(Actor):
             raise self.start_error
         if self.killed.is_set():
             raise ray.exceptions.RayActorError
-        if self.silent:
-            await asyncio.Event().wait()
+        while self.silent:
+            await asyncio.sleep(0.005)
         return value
 
     async def prepare(self, config: HostConfig) -> HostInfo:
         return await self._answer(HostInfo(next(self.simulation.numbers), self.node, "127.0.0.1"))
 
-    async def offer(self, copies: bool) -> tuple[int, list]:
-        return await self._answer((0, []))
+    async def offer(self, copies: bool) -> Offer:
+        self.simulation.offers += 1
+        return await self._answer(Offer(trouble=self.simulation.storage_trouble))
 
     async def address(self) -> tuple[str, int]:
         return await self._answer(("127.0.0.1", 1))
@@ -100,7 +106,7 @@ class SimulatedHost(Actor):
     async def status(self) -> dict[str, Any]:
         number = self.membership.number if self.membership else 0
         return await self._answer({
-            "phase": "step" if self.membership else "idle", "step": 0, "seconds": self.seconds,
+            "phase": self.phase if self.membership else "idle", "step": 0, "seconds": self.seconds,
             "waiting": self.waiting, "step_seconds": 0.0, "membership": number, "held": 0,
         })  # fmt: skip
 
@@ -109,7 +115,7 @@ class SimulatedHost(Actor):
             self.outcome.set_result(Outcome("left", 0))
 
     async def abort(self, number: int) -> None:
-        pass
+        self.aborted.append(number)
 
     async def flush(self) -> None:
         pass
@@ -119,10 +125,12 @@ class Simulation:
     """A coordinator with the nodes a and b and a seat on each.
 
     Args:
-        max_failures: of the recipe.
+        max_failures, num_workers: of the recipe.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_failures: int = 8):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, max_failures: int = 8, num_workers: int | tuple[int, int] = (1, 2)
+    ):
         self.hosts: list[SimulatedHost] = []
         self.memberships: dict[int, set[str]] = {}  # the hosts' names by number
         self.start_errors: dict[str, Exception] = {}  # by node
@@ -130,6 +138,8 @@ class Simulation:
         self.dead_nodes: set[str] = set()
         self.dying: set[str] = set()  # nodes that are found dead when a host is to start there
         self.numbers = itertools.count(1)
+        self.storage_trouble = ""
+        self.offers = 0  # that were asked for
         self.board = Board()
         monkeypatch.setattr(host_pool, "start_host", self._start)
         monkeypatch.setattr(host_pool, "kill_host", lambda handle, node, pid: handle.killed.set())
@@ -138,8 +148,8 @@ class Simulation:
             monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
         monkeypatch.setattr(host_pool, "ANSWER_SECONDS", 0.3)
         monkeypatch.setattr(coordinators, "ABORT_SECONDS", 0.05)
-        monkeypatch.setattr(coordinators, "KILL_SECONDS", 0.1)
-        scaling = ScalingRecipe(num_workers=(1, 2), max_failures=max_failures)
+        monkeypatch.setattr(host_pool, "KILL_SECONDS", 0.1)
+        scaling = ScalingRecipe(num_workers=num_workers, max_failures=max_failures)
         self.coordinator = Coordinator("simulated", HostConfig(None, None, None, "", None, False, self.board), scaling)
 
     def _start(self, name: str, node: str) -> SimulatedHost:
@@ -156,11 +166,15 @@ class Simulation:
         """Conduct the run while ``story`` happens, which ends it."""
 
         async def both() -> None:
-            for rank, node in enumerate("ab"):
-                await self.coordinator.sit(Seat("group", rank, 2, node))
+            await self.sit("ab")
             await asyncio.gather(self.coordinator.conduct(), story(self))
 
         asyncio.run(asyncio.wait_for(both(), LIMIT))
+
+    async def sit(self, nodes: str) -> None:
+        """A worker group of Ray Train with a seat on each of these nodes is there."""
+        for rank, node in enumerate(nodes):
+            await self.coordinator.sit(Seat(f"group {nodes}", rank, len(nodes), node))
 
     def at(self, node: str, number: int) -> SimulatedHost:
         """The host of a node in a membership."""
@@ -258,7 +272,7 @@ def test_a_survivor_that_computes_may_end_its_micro_batch_and_one_that_waits_for
         if waiting:
             await simulation.until(lambda: survivor.killed.is_set())
         else:
-            await asyncio.sleep(5 * coordinators.KILL_SECONDS)
+            await asyncio.sleep(5 * host_pool.KILL_SECONDS)
             assert not survivor.killed.is_set()
             survivor.outcome.set_result(Outcome("broken", 0, "The step was abandoned."))
         await simulation.until(lambda: 2 in simulation.memberships)
@@ -300,7 +314,7 @@ def test_where_a_node_has_no_memory_for_a_spare_its_worker_is_replaced_all_the_s
     async def story(simulation: Simulation) -> None:
         await simulation.until(lambda: 1 in simulation.memberships)
         survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
-        sentence = "No spare can start on the node b, and there will be none: MemoryError: too little memory."
+        sentence = "No spare can start on the node b for now: MemoryError: too little memory."
         await simulation.until(lambda: sentence in simulation.messages())
         victim.killed.set()
         survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
@@ -392,6 +406,134 @@ def test_where_nothing_starts_anywhere_the_run_says_why(monkeypatch):
     assert simulation.board.reason == reason
 
 
+def test_an_attempt_to_start_hosts_fails_once_however_many_seats_a_node_has(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=2)
+    simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+
+    async def story(simulation: Simulation) -> None:
+        await simulation.sit("abbb")
+        await simulation.until(simulation.messages)
+        assert sum(host.node == "b" for host in simulation.hosts) == 3 * 3
+        await simulation.until(lambda: 1 in simulation.memberships)
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_where_seats_change_a_node_that_was_left_out_gets_another_chance(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=0)
+    simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(simulation.messages)
+        simulation.start_errors.clear()
+        await simulation.sit("abc")
+        await simulation.until(
+            lambda: any(simulation.nodes(number) == {"a", "b", "c"} for number in simulation.memberships)
+        )
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_survivors_do_not_wait_for_ever_for_a_node_on_which_nothing_starts(monkeypatch):
+    simulation = Simulation(monkeypatch, max_failures=1, num_workers=2)
+
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("a")  # no seat is there for it
+        simulation.start_errors["b"] = ray.exceptions.RayTaskError("prepare", "", OSError("No space left on device"))
+        (await simulation.spare("b")).killed.set()
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+
+    simulation.run(story)
+    reason = "No process for the workers could be started: OSError: No space left on device."
+    assert simulation.board.reason == reason
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_storage_that_cannot_tell_the_newest_state_is_asked_again_and_ends_no_host(monkeypatch, passes):
+    simulation = Simulation(monkeypatch, max_failures=3)
+    simulation.storage_trouble = "The storage does not answer."
+
+    async def story(simulation: Simulation) -> None:
+        await asyncio.sleep(0)
+        if passes:
+            await simulation.until(lambda: simulation.offers == 2)
+            simulation.storage_trouble = ""
+            await simulation.until(lambda: 1 in simulation.memberships)
+            await simulation.spare("a")
+            await simulation.spare("b")
+            assert not any(host.killed.is_set() for host in simulation.hosts)
+            simulation.finish()
+
+    simulation.run(story)
+    told = [message for message in simulation.messages() if message.startswith("The workers could not meet")]
+    assert told == ["The workers could not meet: The storage does not answer."] * (2 if passes else 4)
+    assert len([host for host in simulation.hosts if not host.start_error]) == (4 if passes else 2)
+    assert (simulation.board.reason is None) == passes
+    assert passes or "failed 4 times" in simulation.board.reason
+
+
+def test_a_host_that_was_silent_and_then_hangs_is_replaced(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("a")
+        await simulation.spare("b")
+        survivor.waiting = survivor.silent = True
+        await asyncio.sleep(2 * host_pool.ANSWER_SECONDS)
+        victim.killed.set()
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert survivor.aborted == [1]  # it reads that when it wakes
+        assert not survivor.killed.is_set()
+        survivor.silent = False
+        await simulation.until(lambda: survivor.killed.is_set())
+        assert survivor.name not in simulation.memberships[2]
+        simulation.finish()
+
+    simulation.run(story)
+
+
+@pytest.mark.parametrize("phase", ["engine", "data", "evaluation", "commit"])
+def test_a_survivor_with_something_else_to_do_is_not_replaced_for_it(simulation, phase):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("b")
+        survivor.phase = phase
+        victim.killed.set()
+        await asyncio.sleep(5 * host_pool.KILL_SECONDS)
+        assert survivor.aborted == [1]
+        assert not survivor.killed.is_set()
+        survivor.outcome.set_result(Outcome("broken", 0, "The membership was abandoned."))
+        await simulation.until(lambda: 2 in simulation.memberships)
+        assert simulation.at("a", 2) is survivor
+        simulation.finish()
+
+    simulation.run(story)
+
+
+def test_what_starts_on_a_new_node_after_a_loss_was_made_good_replaces_nobody(simulation):
+    async def story(simulation: Simulation) -> None:
+        await simulation.until(lambda: 1 in simulation.memberships)
+        survivor, victim = simulation.at("a", 1), simulation.at("b", 1)
+        await simulation.spare("a")
+        await simulation.spare("b")
+        victim.killed.set()
+        survivor.outcome.set_result(Outcome("broken", 0, "connection closed"))
+        await simulation.until(lambda: len(simulation.starts()) == 5)
+        await simulation.until(lambda: 2 in simulation.memberships)
+        await simulation.sit("abc")
+        await simulation.until(lambda: len(simulation.starts()) == 6)
+        simulation.finish()
+
+    simulation.run(story)
+    assert list(simulation.starts().values())[:6] == [False] * 4 + [True, False]
+
+
 def test_a_watch_that_fails_ends_the_run_with_its_reason(monkeypatch):
     simulation = Simulation(monkeypatch)
 
@@ -408,3 +550,28 @@ def test_a_watch_that_fails_ends_the_run_with_its_reason(monkeypatch):
     assert simulation.board.reason == "The coordinator of the run failed: ConnectionError('the head is gone')."
     assert simulation.hosts
     assert all(host.killed.is_set() for host in simulation.hosts)
+
+
+def test_a_word_to_abort_meets_the_membership_that_it_names_and_no_other():
+    engine = EngineStub()
+    worker = object.__new__(Worker)
+    worker._membership = loop = MembershipLoop(
+        SimpleNamespace(recipe=None, board=None, reader=None), Membership(2, (), ("127.0.0.1", 1), ""), 0
+    )
+    loop._read_ahead = ReadAhead(lambda *_: None, [(0, 1)], 1)
+    worker.abort(1)
+    assert next(loop._read_ahead) is None
+    loop.engine = engine
+    worker.abort(2)
+    assert engine.abandoned
+    with pytest.raises(RuntimeError, match="stopped"):
+        next(loop._read_ahead)
+    worker._membership = None
+    worker.abort(2)
+
+
+class EngineStub:
+    abandoned = False
+
+    def abandon(self) -> None:
+        self.abandoned = True
