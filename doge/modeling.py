@@ -17,9 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Cache,
     DogeConfig,
-    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -31,7 +29,7 @@ from transformers.models.doge.modeling_doge import DogeMLP, DogeRMSNorm, DogeRot
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from doge.attention import DogeAttention, document_lengths
+from doge.attention import DogeAttention, DogeCache, document_lengths
 from doge.configuration import DogeMoeConfig, check_config
 from doge.errors import UserError
 from doge.experts import DogeCDMoE
@@ -114,7 +112,7 @@ class DogeModel(DogePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: DogeCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -127,16 +125,19 @@ class DogeModel(DogePreTrainedModel):
             position_ids: (batch or 1, seq). By default they count the real tokens of each row. Where they restart
                 within a row, without padding and without cached tokens, a new document begins: documents do not see
                 each other, and no cache is returned, for there is nothing that later tokens could continue.
-            past_key_values: a transformers cache that grows (`DynamicCache`).
+            past_key_values: a `DogeCache`.
             use_cache: whether to return one; by default as the config says, but not in training.
 
         Raises:
-            UserError: a mask that is not (batch, seq), or a cache of fixed size.
+            UserError: a mask that is not (batch, seq), or a cache of another kind that already holds something.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if past_key_values is not None and past_key_values.is_compileable:
-            raise UserError("Caches of fixed size (cache_implementation='static') are not supported: use DynamicCache.")
+        if past_key_values is not None and not isinstance(past_key_values, DogeCache):
+            raise UserError(
+                f"past_key_values must be a DogeCache, not {type(past_key_values).__name__}: leave it and "
+                "cache_implementation out, and one is made."
+            )
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(
                 f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the causal and "
@@ -147,7 +148,11 @@ class DogeModel(DogePreTrainedModel):
         batch, seq = inputs_embeds.shape[:2]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         padded = attention_mask is not None and not attention_mask.all()
-        padding = attention_mask[:, -seq:] == 0 if padded else None
+        order = None
+        if padded:  # a row begins after the padding on its left; places at padding are negative
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            order = columns - (attention_mask != 0).int().argmax(-1, keepdim=True)
+            order = torch.where(attention_mask == 0, columns - 2**30, order)[:, -seq:]
         if position_ids is None:
             if padded:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
@@ -159,7 +164,7 @@ class DogeModel(DogePreTrainedModel):
         if documents is not None or (self.training and self.gradient_checkpointing):
             past_key_values = None
         elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DogeCache(self.config)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -168,7 +173,7 @@ class DogeModel(DogePreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 documents=documents,
-                padding=padding,
+                order=order,
                 past_key_values=past_key_values,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -191,13 +196,23 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """Let `generate` use a `DogeCache` where it would make one of its own."""
+        wanted = generation_config.cache_implementation
+        if wanted is not None:
+            raise UserError(
+                f"cache_implementation={wanted!r} is not for Doge, which has a cache of its own: leave it out."
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = DogeCache(self.config)
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: DogeCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,

@@ -1,16 +1,16 @@
 """Dynamic mask attention equals its definition, forward and backward, in memory linear in the length."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import logits_of, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 
-import doge.attention
-from doge.attention import document_lengths, dynamic_mask_attention, kept_keys, key_expiry
+from doge.attention import KeyWindow, cpu, document_lengths, dynamic_mask_attention, kept_keys, key_expiry, stock
 
 
 def defined_attention(query, key, value, bias, window):
@@ -29,6 +29,16 @@ def defined_attention(query, key, value, bias, window):
     return torch.stack(rows, dim=1)
 
 
+def defined_for_documents(query, key, value, bias, window, documents):
+    if documents is None:
+        return defined_attention(query, key, value, bias, window)
+    batch, _, seq, _ = query.shape
+    streams = [x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (query, key, value)]
+    streams.append(bias.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2))
+    parts = zip(*(stream.split(documents, dim=2) for stream in streams), strict=True)
+    return torch.cat([defined_attention(*part, window) for part in parts], dim=1).view(batch, seq, query.shape[1], -1)
+
+
 def random_inputs(seq, dtype=torch.float32, head_dim=16, batch=2, heads=4, kv_heads=2):
     generator = torch.Generator().manual_seed(seq)
     shapes = [(batch, n, seq, head_dim) for n in (heads, kv_heads, kv_heads)] + [(batch, kv_heads, seq)]
@@ -37,15 +47,32 @@ def random_inputs(seq, dtype=torch.float32, head_dim=16, batch=2, heads=4, kv_he
     return [x.to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(states)]
 
 
+def on_the_cpu(*inputs, window, documents=None):
+    return dynamic_mask_attention(*inputs, window=window, documents=documents)
+
+
+def by_stock_attention(*inputs, window, documents=None):
+    return stock.stock_attention(*inputs, KeyWindow(window), documents, None)
+
+
+BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_stock_attention])
+
+
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [6, 16, 20])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, [33, 3, 30], [10, 23, 1, 32]])
 @pytest.mark.parametrize("window", [64, 7])
-def test_output_and_gradients_equal_the_definition(monkeypatch, window, kv_heads, head_dim):
-    monkeypatch.setattr(doge.attention, "QUERY_CHUNK", 13)
+def test_output_and_gradients_equal_the_definition(monkeypatch, window, documents, kv_heads, head_dim, backend):
+    for module in (cpu, stock):
+        monkeypatch.setattr(module, "QUERY_CHUNK", 11)
     inputs = random_inputs(33, head_dim=head_dim, kv_heads=kv_heads)
     weights = torch.randn(2, 33, 4, head_dim, generator=torch.Generator().manual_seed(9))
     results = []
-    for output in (dynamic_mask_attention(*inputs, window=window), defined_attention(*inputs, window=window)):
+    for output in (
+        backend(*inputs, window=window, documents=documents),
+        defined_for_documents(*inputs, window, documents),
+    ):
         results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
     for ours, defined, name in zip(*results, ("output", "query", "key", "value", "bias"), strict=True):
         torch.testing.assert_close(ours, defined, atol=5e-5, rtol=1e-4, msg=name)
@@ -61,24 +88,34 @@ def test_bfloat16_keeps_the_bias_to_sixteen_bits():
     assert (output.float() - defined).abs().mean() < 0.004
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 45))
-def test_each_key_lives_exactly_while_it_is_among_the_largest(bias, window):
+WINDOWS = st.builds(
+    lambda room, sinks, local: KeyWindow(room + sinks + local, sinks, local),
+    st.integers(1, 30),
+    st.integers(0, 4),
+    st.integers(0, 4),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), WINDOWS, st.sampled_from([1, 3, 128]))
+def test_each_key_lives_exactly_while_it_is_among_the_largest(bias, window, block):
     """Against brute force, with many ties: of equal biases the later key is kept."""
-    expiry = key_expiry(torch.tensor(bias, dtype=torch.float32), window).tolist()
+    with mock.patch("doge.attention.window.BLOCK", block):
+        expiry = key_expiry(torch.tensor(bias, dtype=torch.float32), window).tolist()
     for i in range(len(bias)):
-        best = sorted(range(i + 1), key=lambda j: (bias[j], j))[-window:]
-        assert [j for j in range(i + 1) if i < expiry[j]] == sorted(best)
-        newest = kept_keys(torch.tensor(bias[: i + 1], dtype=torch.float32), window)
-        assert newest.nonzero().flatten().tolist() == sorted(best)
+        forced = {j for j in range(i + 1) if j < window.num_sinks or j > i - window.num_local}
+        others = sorted(set(range(i + 1)) - forced, key=lambda j: (bias[j], j), reverse=True)
+        best = sorted([*forced, *others[: window.size - len(forced)]])
+        assert [j for j in range(i + 1) if i < expiry[j]] == best
+        assert kept_keys(torch.tensor(bias[: i + 1], dtype=torch.float32), window).tolist() == best
 
 
 def test_expiry_keeps_rows_and_heads_apart():
-    bias = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
-    expiry = key_expiry(bias, 5)
+    bias, window = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0)), KeyWindow(5)
+    expiry = key_expiry(bias, window)
     for row in range(3):
         for head in range(2):
-            assert torch.equal(expiry[row, head], key_expiry(bias[row, head], 5))
+            assert torch.equal(expiry[row, head], key_expiry(bias[row, head], window))
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -95,12 +132,12 @@ def test_below_the_window_no_tensor_has_the_length_twice(moe):
 def test_the_watch_would_see_a_square_mask():
     seq = 101
     with Allocations() as allocations:
-        logits_of(tiny_model(window=16), tokens(1, seq))
+        by_stock_attention(*random_inputs(seq), window=16)
     assert [shape for shape, _ in allocations.results if shape.count(seq) > 1]
 
 
 def test_beyond_the_window_masks_are_a_chunk_of_queries_tall(monkeypatch):
-    monkeypatch.setattr(doge.attention, "QUERY_CHUNK", 10)
+    monkeypatch.setattr(cpu, "QUERY_CHUNK", 10)
     seq = 101
     model = tiny_model(window=16).train()
     input_ids = tokens(1, seq)
@@ -109,7 +146,8 @@ def test_beyond_the_window_masks_are_a_chunk_of_queries_tall(monkeypatch):
     assert not [shape for shape, _ in allocations.results if shape.count(seq) > 1]
 
 
-def test_beyond_the_window_no_mask_waits_for_the_backward_pass():
+@BACKENDS
+def test_beyond_the_window_no_mask_waits_for_the_backward_pass(backend):
     saved = []
     inputs = random_inputs(40)
 
@@ -118,7 +156,7 @@ def test_beyond_the_window_no_mask_waits_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        dynamic_mask_attention(*inputs, window=7)
+        backend(*inputs, window=7)
     assert (2, 2, 40, 24) in saved  # folded keys, 16 + 8 channels
     assert not [shape for shape in saved if len(shape) == 4 and shape[-1] > 24]
 

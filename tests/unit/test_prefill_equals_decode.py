@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import logits_in_pieces, logits_of, tiny_model, tokens
+from tiny_models import logits_in_pieces, logits_of, tiny_config, tiny_model, tokens
+from transformers import DynamicCache
 
+from doge.attention import DogeCache, KeyWindow
 from doge.errors import UserError
 
 PIECES = pytest.mark.parametrize(
@@ -76,6 +78,48 @@ def test_a_packed_sequence_gives_no_cache():
     assert model(tokens(1, 50), position_ids=positions, use_cache=True).past_key_values is None
 
 
-def test_a_cache_of_fixed_size_is_refused():
+def test_a_cache_of_another_kind_is_refused():
+    model = tiny_model()
     with pytest.raises(UserError, match="static"):
-        tiny_model().generate(tokens(1, 10), max_new_tokens=3, cache_implementation="static")
+        model.generate(tokens(1, 10), max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(UserError, match="DynamicCache"):
+        model.generate(tokens(1, 10), max_new_tokens=3, past_key_values=DynamicCache(config=model.config))
+
+
+@PIECES
+def test_forced_keys_are_the_same_in_every_way_of_cutting(sizes):
+    model = tiny_model(window=16)
+    for layer in model.model.layers:
+        layer.self_attn.window = KeyWindow(16, num_sinks=2, num_local=5)
+    model.config.num_sink_keys, model.config.num_local_keys = 2, 5
+    input_ids = tokens(2, 50)
+    full = logits_of(model, input_ids)
+    torch.testing.assert_close(logits_in_pieces(model, input_ids, sizes), full, atol=2e-5, rtol=0)
+    assert (full - logits_of(tiny_model(window=16), input_ids)).abs().max() > 1e-3
+
+
+def test_the_sinks_of_a_padded_row_are_its_own_first_tokens():
+    model = tiny_model(window=8)
+    for layer in model.model.layers:
+        layer.self_attn.window = KeyWindow(8, num_sinks=3)
+    model.config.num_sink_keys = 3
+    row = tokens(1, 30)
+    padded = torch.cat([torch.full((1, 11), 2), row], dim=1)
+    mask = (torch.arange(41) >= 11).long()[None]
+    full = logits_of(model, row)
+    torch.testing.assert_close(logits_of(model, padded, attention_mask=mask)[:, 11:], full, atol=2e-5, rtol=0)
+    for sizes in ([12, *[1] * 29], [20, 10, 1, 10]):
+        pieces = logits_in_pieces(model, padded, sizes, attention_mask=mask)[:, 11:]
+        torch.testing.assert_close(pieces, full, atol=2e-5, rtol=0)
+
+
+def test_the_cache_stops_growing_at_the_window():
+    model, cache = tiny_model(window=80), DogeCache(tiny_config(window=80))
+    input_ids = torch.arange(3, 123)[None]
+    slots = []
+    with torch.no_grad():
+        for start in range(0, 120, 10):
+            model(input_ids[:, start : start + 10], past_key_values=cache)
+            slots.append(cache.layers[0].keys.shape[2])
+    assert slots == [64] * 6 + [80] * 6
+    assert cache.get_seq_length() == 120

@@ -1,0 +1,96 @@
+"""Which keys a query sees: the W largest biases so far, as one interval of queries per key."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DogeConfig
+
+BLOCK = 128  # queries looked at together: the work grows with it, the number of operations falls
+
+
+@dataclass(frozen=True)
+class KeyWindow:
+    """How many keys a query keeps, and which whatever their bias.
+
+    Args:
+        size: `keep_window_size`, the keys that a query sees at most.
+        num_sinks: of them, the first keys of a document.
+        num_local: of them, the last keys, the query's own included; 1 forces a query to see itself.
+    """
+
+    size: int
+    num_sinks: int = 0
+    num_local: int = 0
+
+    @staticmethod
+    def of(config: DogeConfig) -> "KeyWindow":
+        sinks, local = (getattr(config, name, 0) for name in ("num_sink_keys", "num_local_keys"))
+        return KeyWindow(config.keep_window_size, sinks, local)
+
+    def ranking(self, bias: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Biases by which keys compete, those of sinks being infinite.
+
+        Args:
+            bias: (..., seq).
+            order: (..., seq) int64, the place of each key in its document; negative before its beginning.
+        """
+        return bias.masked_fill((order >= 0) & (order < self.num_sinks), torch.inf) if self.num_sinks else bias
+
+
+def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
+    """The first query that no longer sees each key; of equal biases the later key is kept.
+
+    A key is seen for as long as fewer than W of the keys so far are larger. Where a block of n queries begins, W keys
+    are left; the n smallest of these and of the block's own are those that go during the block, each with the n-th
+    arrival that is too many for it. One sort and one comparison of n by n a block, for all rows and heads at once:
+    O(seq (W log W / n + n)) operations, none of which waits for a device.
+
+    Local keys do not compete before they are `num_local` old, for the places that local keys leave.
+
+    Args:
+        bias: (..., seq), compared only.
+        window: whose size may be larger than seq.
+        order: (..., seq), see `KeyWindow.ranking`; by default 0, 1, 2, ...
+
+    Returns:
+        (..., seq) int64; seq where the key is never pushed out, and j itself where key j never enters the window.
+    """
+    seq = bias.shape[-1]
+    expiry = torch.full(bias.shape, seq, device=bias.device)
+    if seq <= window.size:
+        return expiry
+    order = torch.arange(seq, device=bias.device) if order is None else order
+    ranking = window.ranking(bias.detach(), order).reshape(-1, seq)
+    places = window.size - window.num_local
+    rank = torch.empty_like(ranking, dtype=torch.int64)
+    rank.scatter_(1, ranking.sort(dim=1, stable=True).indices, torch.arange(seq, device=bias.device).expand_as(rank))
+    flat = expiry.view(-1, seq)
+    index = torch.arange(seq, device=bias.device).expand_as(rank)
+    kept_rank, kept = rank[:, :places], index[:, :places]
+    for start in range(places, seq, BLOCK):
+        arriving = rank[:, start : start + BLOCK]
+        number = arriving.shape[1]
+        union, by_rank = torch.cat([kept_rank, arriving], dim=1).sort(dim=1)
+        keys = torch.cat([kept, index[:, start : start + number]], dim=1).gather(1, by_rank)
+        larger = arriving[:, None] > union[:, :number, None]  # (rows, going, arriving)
+        among_kept = torch.arange(places + number - 1, places - 1, -1, device=bias.device) - larger.sum(-1)
+        so_far = larger.cumsum(-1) + among_kept[..., None]
+        gone = start + (so_far < places).sum(-1)
+        flat.scatter_(1, keys[:, :number], torch.maximum(gone, keys[:, :number]))
+        kept_rank, kept = union[:, number:], keys[:, number:]
+    return (expiry + window.num_local).clamp(max=seq) if window.num_local else expiry
+
+
+def kept_keys(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
+    """The keys that the newest query sees, oldest first: (..., min(seq, W)) int64 indices.
+
+    Args: as of `key_expiry`.
+    """
+    seq = bias.shape[-1]
+    every = torch.arange(seq, device=bias.device)
+    if seq <= window.size:
+        return every.expand(bias.shape)
+    ranking = window.ranking(bias.detach(), every if order is None else order)
+    ranking = ranking.masked_fill(every >= seq - window.num_local, torch.inf)
+    newest_first = ranking.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : window.size]
+    return (seq - 1 - newest_first).sort(dim=-1).values
