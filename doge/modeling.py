@@ -29,7 +29,7 @@ from transformers.models.doge.modeling_doge import DogeMLP, DogeRMSNorm, DogeRot
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from doge.attention import DogeAttention, DogeCache, document_lengths
+from doge.attention import DogeAttention, DogeCache, document_ends
 from doge.configuration import DogeMoeConfig, check_config
 from doge.errors import UserError
 from doge.experts import DogeCDMoE
@@ -158,10 +158,10 @@ class DogeModel(DogePreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
             else:
                 position_ids = torch.arange(num_cached, num_cached + seq, device=inputs_embeds.device).unsqueeze(0)
-        documents = None if padded or num_cached else document_lengths(position_ids, batch)
+        ends = None if padded or num_cached else document_ends(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if documents is not None or (self.training and self.gradient_checkpointing):
+        if ends is not None or (self.training and self.gradient_checkpointing):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DogeCache(self.config)
@@ -172,7 +172,7 @@ class DogeModel(DogePreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                documents=documents,
+                document_ends=ends,
                 order=order,
                 past_key_values=past_key_values,
             )

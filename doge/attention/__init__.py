@@ -16,10 +16,10 @@ Source of the method: the Doge architecture of the SmallDoge team, as in transfo
 """
 
 from doge.attention.cache import DogeCache
-from doge.attention.functional import document_lengths, dynamic_mask_attention
+from doge.attention.functional import document_ends, dynamic_mask_attention
 from doge.attention.layer import DogeAttention
 from doge.attention.window import KeyWindow, kept_keys, key_expiry
 
 __all__ = [
-    "DogeAttention", "DogeCache", "KeyWindow", "document_lengths", "dynamic_mask_attention", "kept_keys", "key_expiry",
+    "DogeAttention", "DogeCache", "KeyWindow", "document_ends", "dynamic_mask_attention", "kept_keys", "key_expiry",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ class DogeAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        documents: list[int] | None = None,
+        document_ends: torch.Tensor | None = None,
         order: torch.Tensor | None = None,
         past_key_values: DogeCache | None = None,
     ) -> torch.Tensor:
@@ -48,7 +48,7 @@ class DogeAttention(nn.Module):
 
         Args:
             position_embeddings: cosines and sines, each (batch or 1, seq, head_dim).
-            documents: see `dynamic_mask_attention`; ignored with a cache that already holds tokens.
+            document_ends: see `dynamic_mask_attention`; ignored with a cache that already holds tokens.
             order: (batch or 1, seq) int64, each token's place in its row, negative at padding, to which no query may
                 attend.
             past_key_values: the new keys and values are added to it.
@@ -69,8 +69,9 @@ class DogeAttention(nn.Module):
         else:
             dropout_p = self.attention_dropout if self.training else 0.0
             output = dynamic_mask_attention(
-                query, key, value, bias, window=self.window, documents=documents, order=order, dropout_p=dropout_p
-            )
+                query, key, value, bias,
+                window=self.window, document_ends=document_ends, order=order, dropout_p=dropout_p,
+            )  # fmt: skip
             if past_key_values is not None:
                 past_key_values.fill(key, value, bias, order, self.layer_idx)
         return self.o_proj(output.flatten(2))

@@ -16,7 +16,7 @@ def stock_attention(
     value: torch.Tensor,
     bias: torch.Tensor,
     window: KeyWindow,
-    documents: list[int] | None,
+    document_ends: torch.Tensor | None,
     order: torch.Tensor | None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
@@ -24,14 +24,22 @@ def stock_attention(
     batch, heads, seq, head_dim = query.shape
     options = {"scale": head_dim**-0.5, "dropout_p": dropout_p, "enable_gqa": heads != key.shape[1]}
     streams = (extend_query(query), fold_bias(key, bias), pad_channels(value), bias.detach()[..., None])
-    if documents is None:
+    if document_ends is None:
         output = _attend(*streams, window, order, options)
     else:
+        documents = document_lengths(document_ends)
         # Token-major, (1, batch * seq, heads, channels): one split and one concatenation, whose backward is as cheap.
         streams = [x.transpose(1, 2).reshape(1, batch * seq, x.shape[1], -1) for x in streams]
         streams = [stream.transpose(1, 2).split(documents, dim=2) for stream in streams]
         output = torch.cat([_attend(*parts, window, None, options) for parts in zip(*streams, strict=True)], dim=1)
     return output.reshape(batch, seq, heads, -1)[..., :head_dim]
+
+
+def document_lengths(document_ends: torch.Tensor) -> list[int]:
+    """Lengths of the documents, over the rows laid end to end; reads them back from the device."""
+    batch, seq = document_ends.shape
+    rows = torch.arange(batch, device=document_ends.device)[:, None] * seq
+    return (document_ends + rows).flatten().unique_consecutive(return_counts=True)[1].tolist()
 
 
 def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""The fast path of decoding: one compiled step over a cache of fixed slots, and nothing else between two tokens.
+
+The step is the model's own function with the matrices that read the same states joined, on the slots of a `DogeCache`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.doge.modeling_doge import apply_rotary_pos_emb
+
+from doge.attention.cache import DogeCache, attend_slots, insert_key
+from doge.attention.window import KeyWindow
+from doge.errors import UserError
+from doge.generation.sampling import Sampling
+from doge.modeling import DogeForCausalLM
+
+SLOT_STEP = 64  # slots are made in multiples of it
+
+_log = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Generates with a model as it is now; a decoder of another state of it is made anew.
+
+    Args:
+        model: on its device, in the precision to decode in; it is not changed.
+        compile: the step with torch.compile, once for one row and once for more; where that fails, which is said once,
+            the same step runs without.
+    """
+
+    def __init__(self, model: DogeForCausalLM, compile: bool = True):
+        self.model, self.config = model.eval(), model.config
+        self._layers = [LayerWeights.of(layer) for layer in model.model.layers]
+        self._window = KeyWindow.of(self.config)
+        self._compiled = torch.compile(_decode_step, fullgraph=True) if compile else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        num_return_sequences: int = 1,
+        eos_token_id: int | None = None,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt, without the end token.
+
+        Prompts may differ in length. Each different prompt is read once, however often it occurs.
+
+        Args:
+            num_return_sequences: continuations of each prompt, one after another in the result.
+            eos_token_id: ends a row; by default the model's. -1 for none.
+        """
+        end = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        rows: list[list[int]] = [[] for _ in range(len(prompts) * num_return_sequences)]
+        running = set(range(len(rows)))
+        for tokens in self.stream(prompts, max_new_tokens, sampling, num_return_sequences):
+            found = tokens.tolist()
+            running -= {row for row in running if found[row] == end}
+            for row in running:
+                rows[row].append(found[row])
+            if not running:
+                break
+        return rows
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        num_return_sequences: int = 1,
+    ) -> Iterator[torch.Tensor]:
+        """The next tokens of all rows, (rows,) int64, one step after another; as `generate`, but nothing ends a row."""
+        if not prompts or not all(prompts):
+            raise UserError("There is nothing to go on from: give prompts of at least one token each.")
+        device = self.model.device
+        generator = sampling.generator(device)
+        logits, cache, lengths = self._read(prompts, max_new_tokens, num_return_sequences)
+        tokens = sampling.choose(logits, generator)
+        yield tokens
+        slots = [(layer.keys, layer.values, layer.biases, layer.orders) for layer in cache.layers]
+        for number in range(max_new_tokens - 1):
+            tokens, logits = self._step(tokens, lengths + number, slots, greedy=not sampling.do_sample)
+            if sampling.do_sample:
+                tokens = sampling.choose(logits, generator)
+            yield tokens
+
+    def _read(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, DogeCache, torch.Tensor]:
+        """Logits of the rows' next tokens, the cache, and how many tokens each row has."""
+        device = self.model.device
+        places = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        longest = max(map(len, places))
+        needed = longest + max_new_tokens
+        cache = DogeCache(self.config, slots=-(-needed // SLOT_STEP) * SLOT_STEP)
+        ids = torch.zeros(len(places), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for prompt, place in places.items():
+            ids[place, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[place, longest - len(prompt) :] = 1
+        output = self.model(
+            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
+        cache.batch_select_indices(rows)
+        return output.logits[rows, -1], cache, mask.sum(-1).to(device)[rows]
+
+    def _step(self, tokens, lengths, slots, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model = self.model.model
+        inputs = (
+            tokens, lengths, slots, self._layers, model.embed_tokens.weight, self.model.lm_head.weight,
+            model.norm.weight, model.rotary_emb, self._window, self.config.rms_norm_eps, greedy,
+        )  # fmt: skip
+        if self._compiled is not None:
+            try:
+                return self._compiled(*inputs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = " ".join(str(error).split())[:200]
+                _log.warning("The decoding step cannot be compiled (%s): it runs uncompiled.", reason)
+                self._compiled = None
+        return _decode_step(*inputs)
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of a layer, those side by side that read the same states.
+
+    Args:
+        qkv: (heads + 2 kv_heads) * head_dim rows, as (rows, hidden_size).
+        mlp: the module, of which the joined `gate_up` (2 * intermediate_size, hidden_size) is used where it is dense.
+    """
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    A: torch.Tensor
+    dt: torch.Tensor
+    o: torch.Tensor
+    input_residual: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    post_residual: torch.Tensor
+
+    @staticmethod
+    def of(layer: nn.Module) -> "LayerWeights":
+        attention, mlp = layer.self_attn, layer.mlp
+        return LayerWeights(
+            input_norm=layer.input_layernorm.weight,
+            qkv=torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+            q_norm=attention.q_norm.weight,
+            k_norm=attention.k_norm.weight,
+            A=attention.A,
+            dt=attention.dt_proj.weight,
+            o=attention.o_proj.weight,
+            input_residual=layer.input_residual,
+            post_norm=layer.post_attention_layernorm.weight,
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            down=mlp.down_proj.weight,
+            post_residual=layer.post_attention_residual,
+        )
+
+
+def _decode_step(tokens, lengths, slots, layers, embedding, head, norm, rotary, window, eps, greedy):
+    states = F.embedding(tokens, embedding)
+    cos, sin = rotary(states, position_ids=lengths[:, None])
+    for weights, own in zip(layers, slots, strict=True):
+        states = _layer(states, weights, own, cos, sin, lengths, window, eps)
+    logits = F.linear(_rms_norm(states, norm, eps), head)
+    return logits.argmax(-1) if greedy else tokens, logits
+
+
+def _layer(states, weights, slots, cos, sin, lengths, window, eps):
+    rows, head_dim = len(states), weights.q_norm.shape[0]
+    kv_heads = weights.A.shape[0]
+    joined = F.linear(_rms_norm(states, weights.input_norm, eps), weights.qkv).view(rows, -1, head_dim)
+    query, key, value = joined[:, None].split([joined.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    bias = torch.exp(weights.A.float() * F.softplus(F.linear(value.flatten(2), weights.dt).float()))
+    query, key = _rms_norm(query, weights.q_norm, eps), _rms_norm(key, weights.k_norm, eps)
+    query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+    query, key, value, bias = (part.transpose(1, 2) for part in (query, key, value, bias))
+    order = lengths[:, None, None].expand(-1, kv_heads, 1)
+    insert_key(*slots, key, value, bias, order, window)
+    mixed = F.linear(attend_slots(query, *slots[:3]).flatten(1), weights.o)
+    states = torch.addcmul(mixed, weights.input_residual, states)
+    gate, up = F.linear(_rms_norm(states, weights.post_norm, eps), weights.gate_up).chunk(2, dim=-1)
+    return torch.addcmul(F.linear(F.silu(gate) * up, weights.down), weights.post_residual, states)
+
+
+def _rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = states.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(states.dtype)
