@@ -1,0 +1,133 @@
+"""One layer's worth of long sequences: forward and backward of Doge-20M against transformers', beyond the window.
+
+    python benchmarks/long_context.py --lengths 2048 4096 8192 16384
+
+fp32, 1 x T, `keep_window_size` 2048, random tokens. Both sides take turns at each length and the medians are compared;
+memory is the rise of the peak resident set over one step, in a fresh process each, and its growth exponent is the slope
+of log memory over log length, fitted. transformers materialises masks of T x T and is left out where it needs more
+memory than there is. The outputs of both must agree within 1e-4. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_step import resident_bytes
+
+SIDES = ("ours", "transformers")
+TOLERANCE = 1e-4
+
+
+def build(side: str, layers: int, window: int) -> torch.nn.Module:
+    from doge.configuration import ModelRecipe
+
+    recipe = ModelRecipe("Doge-20M", num_hidden_layers=layers, keep_window_size=window, max_position_embeddings=32768)
+    config = recipe.build()
+    torch.manual_seed(0)
+    if side == "ours":
+        from doge.modeling import build_model
+
+        model = build_model(config)
+    else:
+        from transformers import DogeForCausalLM
+
+        config._attn_implementation = "sdpa"
+        model = DogeForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.copy_(parameter + torch.randn(parameter.shape, generator=generator) * 0.02)
+        for layer in model.model.layers:  # biases that differ, so that the window chooses
+            layer.self_attn.A.add_(1)
+    return model.model.train()
+
+
+def step(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    began = time.perf_counter()
+    model(tokens, use_cache=False).last_hidden_state.square().mean().backward()
+    seconds = time.perf_counter() - began
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def tokens_of(length: int) -> torch.Tensor:
+    return torch.randint(3, 32768, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def memory_of(side: str, length: int, args: argparse.Namespace) -> float:
+    """Bytes that one step adds to the peak; nan where the process did not survive."""
+    command = [sys.executable, __file__, "--memory-of", side, "--lengths", str(length)]
+    command += ["--layers", str(args.layers), "--window", str(args.window)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
+
+
+def exponent(lengths: list[int], memory: list[float]) -> float:
+    xs, ys = [math.log(each) for each in lengths], [math.log(each) for each in memory]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="T (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=2048, help="keep_window_size (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of the model (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side (default: %(default)s)")
+    parser.add_argument("--slow-limit", type=int, default=8192, help="longest T of transformers (default: %(default)s)")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        model, tokens = build(args.memory_of, args.layers, args.window), tokens_of(args.lengths[0])
+        before = resident_bytes()
+        step(model, tokens)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        return
+
+    models = {side: build(side, args.layers, args.window) for side in SIDES}
+    memory, ratios, worst = {side: {} for side in SIDES}, {}, 0.0
+    print(
+        f"{'T':>7}{'ours, s':>10}{'transformers':>14}{'ratio':>8}{'ours, MB':>10}{'transformers':>14}{'difference':>12}"
+    )
+    for length in args.lengths:
+        tokens = tokens_of(length)
+        sides = SIDES if length <= args.slow_limit else SIDES[:1]
+        with torch.no_grad():
+            outputs = [models[side](tokens, use_cache=False).last_hidden_state for side in sides]
+        difference = (outputs[0] - outputs[-1]).abs().max().item()
+        worst = max(worst, difference)
+        seconds = {side: [] for side in sides}
+        for number in range(-1, args.rounds):
+            for side in sides:
+                elapsed = step(models[side], tokens)
+                if number >= 0:
+                    seconds[side].append(elapsed)
+        medians = {side: statistics.median(each) for side, each in seconds.items()}
+        for side in sides:
+            memory[side][length] = memory_of(side, length, args)
+        theirs = medians.get("transformers", math.nan)
+        ratios[length] = theirs / medians["ours"]
+        print(
+            f"{length:7,}{medians['ours']:10.2f}{theirs:14.2f}{ratios[length]:8.2f}{memory['ours'][length] / 1e6:10,.0f}"
+            f"{memory['transformers'].get(length, math.nan) / 1e6:14,.0f}{difference:12.1e}",
+            flush=True,
+        )
+    if worst > TOLERANCE:
+        raise SystemExit(f"The outputs differ by {worst:.1e}, more than {TOLERANCE}.")
+    result = {f"ratio_{length // 1024}k": round(ratio, 2) for length, ratio in ratios.items() if not math.isnan(ratio)}
+    result["memory_exponent"] = round(exponent(list(memory["ours"]), list(memory["ours"].values())), 3)
+    print(json.dumps(result | {"difference": worst}))
+
+
+if __name__ == "__main__":
+    main()
