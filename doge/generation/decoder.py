@@ -3,7 +3,6 @@
 The step is the model's own function with the matrices that read the same states joined, on the slots of a `DogeCache`.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,13 +13,13 @@ from transformers.models.doge.modeling_doge import apply_rotary_pos_emb
 
 from doge.attention.cache import DogeCache, attend_slots, insert_key
 from doge.attention.window import KeyWindow
+from doge.compilation import can_compile
 from doge.errors import UserError
+from doge.experts import DogeCDMoE
 from doge.generation.sampling import Sampling
 from doge.modeling import DogeForCausalLM
 
 SLOT_STEP = 64  # slots are made in multiples of it
-
-_log = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -28,15 +27,20 @@ class Decoder:
 
     Args:
         model: on its device, in the precision to decode in; it is not changed.
-        compile: the step with torch.compile, once for one row and once for more; where that fails, which is said once,
-            the same step runs without.
+        compile: the step with torch.compile, where this machine can; once for one row and once for more.
     """
 
     def __init__(self, model: DogeForCausalLM, compile: bool = True):
         self.model, self.config = model.eval(), model.config
+        if self.config.attention_bias or self.config.mlp_bias or self.config.hidden_act != "silu":
+            raise UserError(
+                "The fast decoder takes models without attention_bias and mlp_bias and with hidden_act 'silu', as all "
+                "presets are: use model.generate."
+            )
         self._layers = [LayerWeights.of(layer) for layer in model.model.layers]
         self._window = KeyWindow.of(self.config)
-        self._compiled = torch.compile(_decode_step, fullgraph=True) if compile else None
+        compiles = compile and can_compile(model.device.type)
+        self._decode_step = torch.compile(_decode_step, fullgraph=True) if compiles else _decode_step
 
     @torch.no_grad()
     def generate(
@@ -115,14 +119,7 @@ class Decoder:
             tokens, lengths, slots, self._layers, model.embed_tokens.weight, self.model.lm_head.weight,
             model.norm.weight, model.rotary_emb, self._window, self.config.rms_norm_eps, greedy,
         )  # fmt: skip
-        if self._compiled is not None:
-            try:
-                return self._compiled(*inputs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                reason = " ".join(str(error).split())[:200]
-                _log.warning("The decoding step cannot be compiled (%s): it runs uncompiled.", reason)
-                self._compiled = None
-        return _decode_step(*inputs)
+        return self._decode_step(*inputs)
 
 
 class LayerWeights(NamedTuple):
@@ -130,7 +127,8 @@ class LayerWeights(NamedTuple):
 
     Args:
         qkv: (heads + 2 kv_heads) * head_dim rows, as (rows, hidden_size).
-        mlp: the module, of which the joined `gate_up` (2 * intermediate_size, hidden_size) is used where it is dense.
+        gate_up: (2 * intermediate_size, hidden_size); None with `down` where the layer has experts.
+        experts: the module with them.
     """
 
     input_norm: torch.Tensor
@@ -142,13 +140,15 @@ class LayerWeights(NamedTuple):
     o: torch.Tensor
     input_residual: torch.Tensor
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: torch.Tensor | None
+    down: torch.Tensor | None
     post_residual: torch.Tensor
+    experts: nn.Module | None
 
     @staticmethod
     def of(layer: nn.Module) -> "LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
+        has_experts = isinstance(mlp, DogeCDMoE)
         return LayerWeights(
             input_norm=layer.input_layernorm.weight,
             qkv=torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
@@ -159,9 +159,10 @@ class LayerWeights(NamedTuple):
             o=attention.o_proj.weight,
             input_residual=layer.input_residual,
             post_norm=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-            down=mlp.down_proj.weight,
+            gate_up=None if has_experts else torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            down=None if has_experts else mlp.down_proj.weight,
             post_residual=layer.post_attention_residual,
+            experts=mlp if has_experts else None,
         )
 
 
@@ -187,8 +188,13 @@ def _layer(states, weights, slots, cos, sin, lengths, window, eps):
     insert_key(*slots, key, value, bias, order, window)
     mixed = F.linear(attend_slots(query, *slots[:3]).flatten(1), weights.o)
     states = torch.addcmul(mixed, weights.input_residual, states)
-    gate, up = F.linear(_rms_norm(states, weights.post_norm, eps), weights.gate_up).chunk(2, dim=-1)
-    return torch.addcmul(F.linear(F.silu(gate) * up, weights.down), weights.post_residual, states)
+    transformed = _rms_norm(states, weights.post_norm, eps)
+    if weights.experts is not None:
+        transformed = weights.experts(transformed)
+    else:
+        gate, up = F.linear(transformed, weights.gate_up).chunk(2, dim=-1)
+        transformed = F.linear(F.silu(gate) * up, weights.down)
+    return torch.addcmul(transformed, weights.post_residual, states)
 
 
 def _rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
