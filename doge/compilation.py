@@ -30,9 +30,7 @@ def can_compile(device_type: str) -> bool:
         torch.compile(_trial)(torch.ones(8, device=device_type))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        _log.warning(
-            "torch.compile does not work here (%s): going on without, slower and with the same results.", reason
-        )
+        _log.warning("torch.compile does not work here (%s): the same is computed more slowly without.", reason)
         return False
     return True
 
