@@ -119,7 +119,8 @@ def main() -> None:
         ratios[length] = theirs / medians["ours"]
         print(
             f"{length:7,}{medians['ours']:10.2f}{theirs:14.2f}{ratios[length]:8.2f}"
-            f"{memory['ours'][length] / 1e6:10,.0f}{memory['transformers'].get(length, math.nan) / 1e6:14,.0f}{difference:12.1e}",
+            f"{memory['ours'][length] / 1e6:10,.0f}{memory['transformers'].get(length, math.nan) / 1e6:14,.0f}"
+            f"{difference:12.1e}",
             flush=True,
         )
     if worst > TOLERANCE:
