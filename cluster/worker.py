@@ -31,6 +31,7 @@ from doge.hardware import device_name, energy_joules, peak_memory_bytes, peak_tf
 from doge.modeling import build_model
 from doge.probe import MicroBatchCache, micro_batch_circumstances, micro_batch_size
 from doge.recipe import to_dict
+from doge.tracing import StepTrace
 from doge.train_state import TrainState
 from doge.warm_up import warm_up
 
@@ -72,6 +73,7 @@ class Worker:
         self.phase: tuple[str, int, float] = ("idle", 0, time.monotonic())
         self.step_seconds = 0.0
         self.membership_number = 0
+        self.traced = False  # steps of this host's first membership were, or were not wanted
         self._membership: MembershipLoop | None = None
         asked = time.monotonic()
         now = ray.get(self.board.now.remote())
@@ -235,6 +237,7 @@ class MembershipLoop:
         shares = self.pace.shares
         self._read(shares)
         own_seconds, counts = 0.0, shares.counts  # of the step before
+        trace = self._trace()
         try:
             for step in range(self.engine.step_count, training.max_steps):
                 began = time.monotonic()
@@ -262,6 +265,7 @@ class MembershipLoop:
                 if not self.seconds.get("first step"):
                     self._tell_start(ended - began)
                 worker.checkpoints.check()
+                trace.step()
                 done, step_count = step + 1 == training.max_steps, step + 1
                 leaving = any(told[0] for told in result.told)
                 self._record(step_count, ended, spent, shares.counts[self.rank])
@@ -282,7 +286,15 @@ class MembershipLoop:
         finally:
             worker.enter("closing", self.engine.step_count)  # a collective that broke is no step without progress
             self._read_ahead.close()
+            trace.close()
         return Outcome("finished", self.engine.step_count, seconds=self.seconds)
+
+    def _trace(self) -> StepTrace:
+        """Of the first worker, once."""
+        worker, steps = self.worker, self.recipe.tracking.profile_steps
+        steps, worker.traced = steps if self.rank == 0 and not worker.traced else 0, True
+        folder = worker.config.storage / f"runs/{self.recipe.name}/traces"
+        return StepTrace(self.engine.step_count, steps, folder, worker.say)
 
     def evaluate(self) -> None:
         """The held-out loss, computed by all ranks together."""

@@ -25,6 +25,12 @@ class TrackingRecipe:
     """MLflow's tracking URI; MLFLOW_TRACKING_URI if that is set, else an SQLite file under the storage root."""
     peak_tflops: float | None = None
     """A worker's peak in bf16, for MFU; known by itself for common GPUs."""
+    profile_steps: int = 0
+    """Steps in a row of which the first worker writes a trace for Perfetto, beside the run; --profile sets 3."""
+
+    def __post_init__(self):
+        if self.profile_steps < 0:
+            raise UserError(f"tracking.profile_steps must not be negative, not {self.profile_steps}.")
 
 
 class Tracker:

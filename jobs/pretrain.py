@@ -4,12 +4,13 @@
     python jobs/pretrain.py --recipe Doge-20M --storage /data/doge --data.sources.python-edu.weight 0.1
     python jobs/pretrain.py --recipe Doge-20M --name longer --from ~/doge/runs/Doge-20M/checkpoints/step-00007000 \\
         --training.max-steps 16000
+    python jobs/pretrain.py --recipe tiny --name traced --profile
     ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny
 
 An interrupted run goes on by the same command. Every key of the recipe is an option.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -19,6 +20,8 @@ from cluster.forecast import dry_run
 from cluster.pretraining import pretrain
 from jobs.command import Command, main
 
+PROFILE_STEPS = 3
+
 
 @dataclass(frozen=True)
 class Pretrain(Command):
@@ -27,16 +30,21 @@ class Pretrain(Command):
     Args:
         from_: directory of a checkpoint to begin a new run with: to leave the stable phase earlier or later, or to go
             on with other data.
+        profile: write a trace of three steps.
     """
 
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def run(command: Pretrain) -> None:
+    recipe = command.settings
+    if command.profile and not recipe.tracking.profile_steps:
+        recipe = replace(recipe, tracking=replace(recipe.tracking, profile_steps=PROFILE_STEPS))
     if command.dry_run:
-        dry_run(command.settings, Console(1, 1))
+        dry_run(recipe, Console(1, 1))
     else:
-        pretrain(command.settings, start_from=command.from_)
+        pretrain(recipe, start_from=command.from_)
 
 
 if __name__ == "__main__":
