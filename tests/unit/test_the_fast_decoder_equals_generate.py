@@ -1,0 +1,123 @@
+"""The lean decoder gives the tokens of `generate`, row for row, and what it adds is what it says."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import logits_of, tiny_model, tokens
+from torch._inductor.utils import fresh_cache
+
+from doge import compilation
+from doge.errors import UserError
+from doge.generation import Decoder, Sampling
+
+NEW = 24
+
+
+def prompts_of(*lengths):
+    return [tokens(1, length, seed=seed)[0].tolist() for seed, length in enumerate(lengths)]
+
+
+def generated(model, prompt, number=NEW):
+    settings = {"max_new_tokens": number, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    return model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("window", [2048, 16])
+@pytest.mark.parametrize("moe", [False, True])
+def test_every_row_gets_the_tokens_it_would_get_alone(moe, window):
+    model, prompts = tiny_model(moe, window), prompts_of(3, 20, 11, 1)
+    found = Decoder(model, compile=False).generate(prompts, NEW, eos_token_id=-1)
+    assert found == [generated(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("rows", "moe"), [(1, False), (3, True)])
+def test_the_compiled_step_gives_the_same_tokens(moe, rows):
+    model, prompts = tiny_model(moe, window=16), prompts_of(*[9] * rows)
+    found = Decoder(model).generate(prompts, NEW, eos_token_id=-1)
+    assert found == Decoder(model, compile=False).generate(prompts, NEW, eos_token_id=-1)
+
+
+def test_far_beyond_the_window_the_tokens_are_the_full_forwards():
+    model, prompt = tiny_model(window=16), prompts_of(5)[0]
+    found = Decoder(model, compile=False).generate([prompt], 200, eos_token_id=-1)[0]
+    logits = logits_of(model, torch.tensor([prompt + found]))
+    assert found == logits[0, 4:-1].argmax(-1).tolist()
+
+
+def test_a_row_ends_at_the_end_token_and_the_others_go_on():
+    model, prompts = tiny_model(), prompts_of(4, 9)
+    decoder = Decoder(model, compile=False)
+    whole = decoder.generate(prompts, NEW, eos_token_id=-1)
+    end = next(token for token in whole[0] if token not in whole[1])
+    found = decoder.generate(prompts, NEW, eos_token_id=end)
+    assert found == [whole[0][: whole[0].index(end)], whole[1]]
+
+
+def test_equal_prompts_are_read_once(monkeypatch):
+    model, (one, two) = tiny_model(), prompts_of(4, 9)
+    rows = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = Decoder(model, compile=False).generate([one, two, one], 5, num_return_sequences=2, eos_token_id=-1)
+    assert rows == [2]
+    assert found[0] == found[1] == found[4] == found[5] == generated(model, one, 5)
+    assert found[2] == found[3] == generated(model, two, 5)
+
+
+def test_what_is_drawn_is_a_function_of_the_seed():
+    decoder, prompts = Decoder(tiny_model(), compile=False), prompts_of(4)
+    drawn = [
+        decoder.generate(prompts, NEW, Sampling(do_sample=True, seed=seed), num_return_sequences=2, eos_token_id=-1)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert drawn[0][0] != drawn[0][1]
+    greedy = decoder.generate(prompts, NEW, eos_token_id=-1)
+    assert decoder.generate(prompts, NEW, Sampling(do_sample=True, top_k=1), eos_token_id=-1) == greedy
+
+
+def test_sampling_draws_in_proportion_and_within_its_bounds():
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    logits = (probabilities.log() * 2).expand(20000, -1)
+    for sampling, expected in (
+        (Sampling(do_sample=True, temperature=2.0, seed=0), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(do_sample=True, temperature=2.0, top_k=2, seed=0), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(do_sample=True, temperature=2.0, top_p=0.7, seed=0), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(do_sample=True, temperature=2.0, top_p=0.4, seed=0), [1, 0, 0, 0]),
+    ):
+        drawn = sampling.choose(logits, sampling.generator(logits.device))
+        shares = torch.bincount(drawn, minlength=4) / len(logits)
+        torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
+        assert not shares[torch.tensor(expected) == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"temperature": 0.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 1.5}, "top_p")]
+)
+def test_impossible_sampling_is_one_sentence(settings, name):
+    with pytest.raises(UserError, match=name):
+        Sampling(do_sample=True, **settings)
+
+
+def test_nothing_to_go_on_from_is_one_sentence():
+    decoder = Decoder(tiny_model(), compile=False)
+    for prompts in ([], [[3, 4], []]):
+        with pytest.raises(UserError, match="at least one token"):
+            decoder.generate(prompts, 3)
+
+
+def test_without_a_compiler_the_same_is_computed_and_it_is_said_once(monkeypatch, caplog):
+    model, prompts = tiny_model(), prompts_of(4)
+    expected = Decoder(model, compile=False).generate(prompts, 5)
+    compilation.can_compile.cache_clear()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    torch._dynamo.reset()
+    with fresh_cache(), caplog.at_level(logging.WARNING, "doge.compilation"):
+        assert Decoder(model).generate(prompts, 5) == expected
+        assert Decoder(model).generate(prompts, 5) == expected
+    compilation.can_compile.cache_clear()
+    torch._dynamo.reset()
+    assert len([record for record in caplog.records if "torch.compile" in record.message]) == 1
