@@ -44,9 +44,11 @@ def supports(query: torch.Tensor) -> bool:
     head_dim = query.shape[-1]
     if triton is None or not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
         return False
+    if triton.knobs.runtime.interpret:  # its products of bfloat16 are wrong
+        return query.dtype in (torch.float16, torch.float32)
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    return triton.knobs.runtime.interpret or (query.is_cuda and _capability(query.device)[0] >= 8)
+    return query.is_cuda and _capability(query.device)[0] >= 8
 
 
 @functools.cache

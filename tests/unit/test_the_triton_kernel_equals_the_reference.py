@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import doge.triton_attention
 from doge.attention import PADDED_KEY_BIAS, key_expiry
@@ -59,19 +57,13 @@ def dense_attention(query, key, value, bias, expiry):
     return (weights @ value).transpose(1, 2)
 
 
-def random_inputs(seq, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, batch=2):
+def random_inputs(seq, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, batch=1):
     """Query, key, value and bias that require gradients; as the model has them, transposed views, tokens first."""
     generator = torch.Generator().manual_seed(seq)
     shapes = [(batch, seq, n, head_dim) for n in (heads, kv_heads, kv_heads)] + [(batch, seq, kv_heads)]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
     states[3] = states[3].exp()
     return [x.to(dtype if i < 3 else torch.float32).transpose(1, 2).requires_grad_() for i, x in enumerate(states)]
-
-
-def document_ends(lengths):
-    """(seq,): for every token the end of its document."""
-    ends = torch.tensor(lengths).cumsum(0)
-    return torch.repeat_interleave(ends, torch.tensor(lengths)).int()
 
 
 def windowed_expiry(bias, window, lengths=None):
@@ -99,32 +91,36 @@ def compare(inputs, expiry, atol=2e-5):
 WIDE, TALL = Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1)
 
 
-@pytest.fixture(params=[(TALL, TALL), (WIDE, TALL), (WIDE, WIDE)], ids=["tall", "mixed", "wide"])
+@pytest.fixture(autouse=True)
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(doge.triton_attention, "choose_blocks", lambda query: request.param)
+    """Small blocks of queries and keys, forward and backward: several of each kind in few tokens."""
+    chosen = getattr(request, "param", (TALL, TALL))
+    monkeypatch.setattr(doge.triton_attention, "choose_blocks", lambda query: chosen)
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (4, 2)])
-@pytest.mark.parametrize("window", [None, 20])
-def test_output_and_gradients_equal_the_definition(blocks, heads, kv_heads, window):
-    inputs = random_inputs(75, heads, kv_heads)
+@pytest.mark.parametrize(
+    ("blocks", "batch", "heads", "kv_heads", "window"),
+    [((TALL, TALL), 2, 1, 1, None), ((WIDE, TALL), 1, 2, 1, 20), ((WIDE, WIDE), 1, 4, 2, 20)],
+    indirect=["blocks"],
+)
+def test_output_and_gradients_equal_the_definition(blocks, batch, heads, kv_heads, window):
+    inputs = random_inputs(43, heads, kv_heads, batch=batch)
     compare(inputs, None if window is None else windowed_expiry(inputs[3], window))
 
 
 @interpreted
-@pytest.mark.parametrize("lengths", [[96], [64, 32], [1, 50, 40, 5], [33, 63]])
-def test_documents_end_by_expiry(blocks, lengths):
-    inputs = random_inputs(96)
-    compare(inputs, document_ends(lengths).expand(2, 1, -1))
-    compare(inputs, windowed_expiry(inputs[3], 9, lengths))
+@pytest.mark.parametrize("blocks", [(TALL, TALL), (WIDE, WIDE)], indirect=True, ids=["tall", "wide"])
+def test_documents_end_by_expiry(blocks):
+    lengths = [1, 15, 20, 60]
+    inputs = random_inputs(96, heads=1)
+    compare(inputs, windowed_expiry(inputs[3], 30, lengths))
 
 
 @interpreted
-@pytest.mark.parametrize("seq", [1, 15, 16, 33])
-def test_any_length_will_do(blocks, seq):
-    inputs = random_inputs(seq)
-    compare(inputs, None)
+@pytest.mark.parametrize("seq", [1, 16, 33])
+def test_any_length_will_do(seq):
+    inputs = random_inputs(seq, heads=1)
     compare(inputs, windowed_expiry(inputs[3], 4))
 
 
@@ -141,10 +137,9 @@ def test_blocks_dead_between_living_ones_are_not_visited():
 
 
 @interpreted
-def test_a_query_that_sees_no_key_gives_zeros(blocks):
-    inputs = random_inputs(50)
-    expiry = windowed_expiry(inputs[3], 8)
-    expiry = torch.minimum(expiry, torch.where(torch.arange(50) < 20, 20, 50)).int()
+def test_a_query_that_sees_no_key_gives_zeros():
+    inputs = random_inputs(50, heads=1)
+    expiry = windowed_expiry(inputs[3], 8, [20, 30])
     expiry[..., 20:36] = torch.arange(20, 36)
     output, *gradients = compare(inputs, expiry)
     assert not output[:, 20:36].any()
@@ -154,25 +149,23 @@ def test_a_query_that_sees_no_key_gives_zeros(blocks):
 
 @interpreted
 def test_padded_keys_are_not_seen_and_padded_queries_stay_finite():
-    inputs = random_inputs(40)
+    inputs = random_inputs(40, heads=1)
     inputs[3] = inputs[3].detach().index_fill(2, torch.arange(10), PADDED_KEY_BIAS).requires_grad_()
     compare(inputs, None)
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)])
-def test_half_precision_errs_by_its_rounding(dtype, atol):
-    inputs = random_inputs(40, dtype=dtype, head_dim=64)
-    compare(inputs, windowed_expiry(inputs[3], 20), atol)
+def test_half_precision_errs_by_its_rounding():
+    """float16 only: the interpreter has no products of bfloat16."""
+    inputs = random_inputs(40, heads=1, dtype=torch.float16, head_dim=64)
+    assert not supports(inputs[0].bfloat16())
+    compare(inputs, windowed_expiry(inputs[3], 20), atol=0.008)
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_widths_of_the_presets(head_dim):
-    inputs = random_inputs(40, head_dim=head_dim)
-    assert supports(inputs[0])
-    compare([x.detach().contiguous().requires_grad_() for x in inputs], windowed_expiry(inputs[3], 12))
-    compare([x.detach().requires_grad_() for x in inputs], None)
+def test_head_dim_128_as_in_the_presets():
+    inputs = [x.detach().contiguous().requires_grad_() for x in random_inputs(33, head_dim=128)]
+    compare(inputs, windowed_expiry(inputs[3], 12))
 
 
 @interpreted
@@ -188,17 +181,16 @@ def test_gradients_of_any_layout_will_do():
 
 
 @interpreted
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.integers(1, 50), st.integers(1, 30), st.integers(0, 49), st.integers(0, 1))
-def test_a_key_changes_nothing_for_queries_that_do_not_see_it(seq, window, j, row):
-    j %= seq
-    query, key, value, bias = (x.detach() for x in random_inputs(seq))
-    expiry = windowed_expiry(bias, window)
+def test_a_key_changes_nothing_for_queries_that_do_not_see_it():
+    query, key, value, bias = (x.detach() for x in random_inputs(59, batch=2))
+    expiry = windowed_expiry(bias, 12, [20, 39])
     before = triton_attention(query, key, value, bias, expiry)
-    key[row, :, j], value[row, :, j], bias[row, :, j] = 7, -9, 11
+    j = torch.tensor([3, 30, 41])
+    key[1, :, j], value[1, :, j], bias[1, :, j] = 7, -9, 11
     after = triton_attention(query, key, value, bias, expiry)
-    i = torch.arange(seq)
-    sees = (j <= i) & (i < expiry[row, 0, j])
-    assert torch.equal(before[1 - row], after[1 - row])
-    assert torch.equal(before[row, ~sees], after[row, ~sees])
-    assert not sees.any() or not torch.equal(before[row, sees], after[row, sees])
+    i = torch.arange(59)[:, None]
+    sees = ((j <= i) & (i < expiry[1, 0, j])).any(-1)
+    assert 0 < sees.sum() < 40
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1, ~sees], after[1, ~sees])
+    assert (before[1, sees] != after[1, sees]).any(-1).all()
