@@ -4,8 +4,7 @@ The score of query i and key j is `q_i . k_j / sqrt(head_dim) + bias_j`, and key
 `j <= i < expiry_j`; `doge.attention` says how dynamic masks and packed documents become such intervals. No mask is
 materialised: memory is linear in the length, but for lists of key blocks of 4 bytes for each pair of blocks.
 
-The algorithm is that of flash attention 2 (Dao, 2023). The forward pass keeps the maximum and the logarithm of the sum
-of each row's weights apart, rather than their sum: beside a padded key's bias of -1e30 the logarithm would vanish.
+The algorithm is that of flash attention 2 (Dao, 2023).
 
 For each block of queries the key blocks wholly in its past fall into three kinds: those whose keys have all expired
 are not visited, those whose keys are all alive need no mask, and the rest are masked by expiry. Only the blocks on the
@@ -73,7 +72,7 @@ def choose_blocks(query: torch.Tensor) -> tuple[Blocks, Blocks]:
     forward = Blocks(128, 64, 8 if head_dim == 128 else 4, 3)
     if _shared_memory(query.device) >= LARGE_SHARED_MEMORY:
         return forward, Blocks(128, 64, 8, 3)
-    return forward, Blocks(64, 64, 4, 2)
+    return forward, Blocks(64, 64, forward.num_warps, 2)
 
 
 def triton_attention(
@@ -84,7 +83,7 @@ def triton_attention(
     Args:
         query: (batch, heads, seq, head_dim), rotated; one that `supports` accepts.
         key, value: (batch, kv_heads, seq, head_dim), the key rotated; heads is a multiple of kv_heads.
-        bias: (batch, kv_heads, seq), float32 and finite, added to the scores of each key.
+        bias: (batch, kv_heads, seq), float32, added to the scores of each key; a key of PADDED_KEY_BIAS is never seen.
         expiry: (batch, kv_heads, seq), int32, the first query that no longer sees each key; `None`: no key expires.
 
     Returns:
@@ -106,30 +105,30 @@ class _TritonAttention(torch.autograd.Function):
         batch, heads, seq, head_dim = query.shape
         blocks, ctx.blocks = choose_blocks(query)
         output = query.new_empty(batch, seq, heads, head_dim)
-        row_max, log_sum = query.new_empty(2, batch, heads, seq, dtype=torch.float32)
+        log_sum = query.new_empty(batch, heads, seq, dtype=torch.float32)
         with torch.cuda.device_of(query):
             lists, counts = _list_key_blocks(expiry, seq, blocks)
             _attend[triton.cdiv(seq, blocks.queries), batch * heads](
-                *(query, key, value, bias, expiry, lists, counts, output, row_max, log_sum),
+                *(query, key, value, bias, expiry, lists, counts, output, log_sum),
                 *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride()),
                 *_strides_by_head(output),
                 **_common_options(query, key, expiry, blocks),
             )
         if blocks[:2] != ctx.blocks[:2]:
             lists, counts = None, None
-        ctx.save_for_backward(query, key, value, bias, expiry, lists, counts, output, row_max, log_sum)
+        ctx.save_for_backward(query, key, value, bias, expiry, lists, counts, output, log_sum)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_grad):
-        query, key, value, bias, expiry, lists, counts, output, row_max, log_sum = ctx.saved_tensors
+        query, key, value, bias, expiry, lists, counts, output, log_sum = ctx.saved_tensors
         batch, heads, seq, head_dim = query.shape
         blocks = ctx.blocks
         output_grad = _with_dense_rows(output_grad)
         query_grad, key_grad, value_grad, bias_grad = (torch.empty_like(x) for x in (query, key, value, bias))
-        delta = torch.empty_like(row_max)
-        inputs = (query, key, value, bias, expiry, output_grad, row_max, log_sum, delta)
+        delta = torch.empty_like(log_sum)
+        inputs = (query, key, value, bias, expiry, output_grad, log_sum, delta)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride())
         strides = (*strides, *_strides_by_head(output_grad))
         options = _common_options(query, key, expiry, blocks)
@@ -210,6 +209,7 @@ def _list_key_blocks(expiry, seq, blocks):
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
+    LEAST_SCORE = tl.constexpr(-1e29)  # beside it a padded key weighs nothing: PADDED_KEY_BIAS is less
 
     @triton.jit
     def _fill_lists(
@@ -309,9 +309,8 @@ if triton is not None:
                 QUERIES, KEYS, HEAD_DIM, CAUSAL, EXPIRES, CHECK, PRECISION,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(scores, 1))
-            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # of rows that have seen nothing
-            weights = tl.exp2(scores - finite_max[:, None])
-            decay = tl.exp2(row_max - finite_max)
+            weights = tl.exp2(scores - new_max[:, None])
+            decay = tl.exp2(row_max - new_max)
             row_sum = row_sum * decay + tl.sum(weights, 1)
             value = _load_rows(value_head, start, value_stride, seq, KEYS, HEAD_DIM, CHECK)
             total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision=PRECISION)
@@ -320,13 +319,13 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query, key, value, bias, expiry, lists, counts, output, row_max, log_sum,
+        query, key, value, bias, expiry, lists, counts, output, log_sum,
         query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
         bias_batch, bias_head, bias_token, output_batch, output_head, output_token, heads, kv_heads, seq, scale,
         HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr,
         RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """The output of one block of queries of one head, and the maximum and the log of the sum of its rows."""
+        """The output of one block of queries of one head, and the logarithms of the sums of its weights."""
         query_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
         batch = tl.program_id(1) // heads
         head = tl.program_id(1) % heads
@@ -341,7 +340,7 @@ if triton is not None:
         scale = scale * LOG2_E
 
         total = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
-        maximum = tl.full([QUERIES], float("-inf"), tl.float32)
+        maximum = tl.full([QUERIES], LEAST_SCORE, tl.float32)
         row_sum = tl.zeros([QUERIES], tl.float32)
         diagonal = first_query // KEYS
         if EXPIRES:
@@ -380,9 +379,8 @@ if triton is not None:
         output = _head(output, batch, head, output_batch, output_head)
         _store_rows(output, total, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
         rows = tl.program_id(1).to(tl.int64) * seq + i
-        # An infinite sum: the weights that the backward pass recomputes are zero.
-        tl.store(row_max + rows, tl.where(seen, maximum, 0.0), mask=i < seq)
-        tl.store(log_sum + rows, tl.where(seen, tl.log2(row_sum), float("inf")), mask=i < seq)
+        # Of an infinite sum, the weights that the backward pass recomputes are zero.
+        tl.store(log_sum + rows, tl.where(seen, maximum + tl.log2(row_sum), float("inf")), mask=i < seq)
 
     @triton.jit
     def _sum_output_products(
@@ -402,7 +400,7 @@ if triton is not None:
 
     @triton.jit
     def _query_gradient_of_blocks(
-        query_grad, query, output_grad, row_max, log_sum, delta, key_head, value_head, bias_head, expiry_head, blocks,
+        query_grad, query, output_grad, log_sum, delta, key_head, value_head, bias_head, expiry_head, blocks,
         first, last, first_query, key_stride, value_stride, bias_stride, seq, scale,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr,
         EXPIRES: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
@@ -416,7 +414,7 @@ if triton is not None:
                 query, key_head, bias_head, expiry_head, start, first_query, key_stride, bias_stride, seq, scale,
                 QUERIES, KEYS, HEAD_DIM, CAUSAL, EXPIRES, CHECK, PRECISION,
             )  # fmt: skip
-            weights = tl.exp2(scores - row_max[:, None] - log_sum[:, None])
+            weights = tl.exp2(scores - log_sum[:, None])
             weight_grad = tl.dot(output_grad, tl.trans(value), input_precision=PRECISION)
             score_grad = weights * (weight_grad - delta[:, None])
             query_grad = tl.dot(score_grad.to(key.dtype), key, query_grad, input_precision=PRECISION)
@@ -424,7 +422,7 @@ if triton is not None:
 
     @triton.jit
     def _differentiate_query(
-        query, key, value, bias, expiry, output_grad, row_max, log_sum, delta, lists, counts, query_grad,
+        query, key, value, bias, expiry, output_grad, log_sum, delta, lists, counts, query_grad,
         query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
         bias_batch, bias_head, bias_token, output_batch, output_head, output_token,
         query_grad_batch, query_grad_head, query_grad_token, heads, kv_heads, seq, scale,
@@ -447,7 +445,6 @@ if triton is not None:
         output_grad = _load_rows(output_grad, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
         i = first_query + tl.arange(0, QUERIES)
         rows = tl.program_id(1).to(tl.int64) * seq + i
-        row_max = tl.load(row_max + rows, mask=i < seq, other=0.0)
         log_sum = tl.load(log_sum + rows, mask=i < seq, other=float("inf"))
         delta = tl.load(delta + rows, mask=i < seq, other=0.0)
         exponent = scale * LOG2_E
@@ -462,24 +459,24 @@ if triton is not None:
             num_whole = tl.load(counts + row * 2)
             num_partial = tl.load(counts + row * 2 + 1)
             gradient = _query_gradient_of_blocks(
-                gradient, query, output_grad, row_max, log_sum, delta, key, value, bias, expiry, lists,
+                gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
                 0, num_whole, first_query, key_token, value_token, bias_token, seq, exponent,
                 QUERIES, KEYS, HEAD_DIM, True, False, False, False, PRECISION,
             )  # fmt: skip
             gradient = _query_gradient_of_blocks(
-                gradient, query, output_grad, row_max, log_sum, delta, key, value, bias, expiry, lists,
+                gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
                 key_blocks - num_partial, key_blocks, first_query, key_token, value_token, bias_token, seq, exponent,
                 QUERIES, KEYS, HEAD_DIM, True, False, True, False, PRECISION,
             )  # fmt: skip
         else:
             gradient = _query_gradient_of_blocks(
-                gradient, query, output_grad, row_max, log_sum, delta, key, value, bias, expiry, lists,
+                gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
                 0, diagonal, first_query, key_token, value_token, bias_token, seq, exponent,
                 QUERIES, KEYS, HEAD_DIM, False, False, False, False, PRECISION,
             )  # fmt: skip
         last = tl.cdiv(tl.minimum(first_query + QUERIES, seq), KEYS)
         gradient = _query_gradient_of_blocks(
-            gradient, query, output_grad, row_max, log_sum, delta, key, value, bias, expiry, lists,
+            gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
             diagonal, last, first_query, key_token, value_token, bias_token, seq, exponent,
             QUERIES, KEYS, HEAD_DIM, False, True, EXPIRES, RAGGED, PRECISION,
         )  # fmt: skip
@@ -489,7 +486,7 @@ if triton is not None:
     @triton.jit
     def _key_gradients_of_blocks(
         key_grad, value_grad, bias_grad, key, value, bias, expiry, first_key, query_head, output_grad_head,
-        row_max, log_sum, delta, first, last, query_stride, output_stride, seq, scale,
+        log_sum, delta, first, last, query_stride, output_stride, seq, scale,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
         EXPIRES: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -500,15 +497,13 @@ if triton is not None:
             query = _load_rows(query_head, start, query_stride, seq, QUERIES, HEAD_DIM, RAGGED)
             output_grad = _load_rows(output_grad_head, start, output_stride, seq, QUERIES, HEAD_DIM, RAGGED)
             if RAGGED:
-                maximum = tl.load(row_max + i, mask=i < seq, other=0.0)
                 logarithm = tl.load(log_sum + i, mask=i < seq, other=float("inf"))
                 products = tl.load(delta + i, mask=i < seq, other=0.0)
             else:
-                maximum = tl.load(row_max + i)
                 logarithm = tl.load(log_sum + i)
                 products = tl.load(delta + i)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale + bias[:, None]
-            weights = tl.exp2(scores - maximum[None, :] - logarithm[None, :])
+            weights = tl.exp2(scores - logarithm[None, :])
             if CAUSAL:
                 j = first_key + tl.arange(0, KEYS)
                 weights = tl.where(j[:, None] <= i[None, :], weights, 0.0)
@@ -523,7 +518,7 @@ if triton is not None:
 
     @triton.jit
     def _differentiate_key(
-        query, key, value, bias, expiry, output_grad, row_max, log_sum, delta, key_grad, value_grad, bias_grad,
+        query, key, value, bias, expiry, output_grad, log_sum, delta, key_grad, value_grad, bias_grad,
         query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
         bias_batch, bias_head, bias_token, output_batch, output_head, output_token,
         key_grad_batch, key_grad_head, key_grad_token, value_grad_batch, value_grad_head, value_grad_token,
@@ -568,20 +563,20 @@ if triton is not None:
             outputs_grad = output_grad + batch.to(tl.int64) * output_batch + head * tl.cast(output_head, tl.int64)
             keys_grad, values_grad, biases_grad = _key_gradients_of_blocks(
                 keys_grad, values_grad, biases_grad, keys, values, biases, expiries, first_key, queries, outputs_grad,
-                row_max + row * seq, log_sum + row * seq, delta + row * seq, diagonal, below,
+                log_sum + row * seq, delta + row * seq, diagonal, below,
                 query_token, output_token, seq, exponent,
                 QUERIES, KEYS, HEAD_DIM, True, EXPIRES, RAGGED, PRECISION,
             )  # fmt: skip
             keys_grad, values_grad, biases_grad = _key_gradients_of_blocks(
                 keys_grad, values_grad, biases_grad, keys, values, biases, expiries, first_key, queries, outputs_grad,
-                row_max + row * seq, log_sum + row * seq, delta + row * seq, below, whole,
+                log_sum + row * seq, delta + row * seq, below, whole,
                 query_token, output_token, seq, exponent,
                 QUERIES, KEYS, HEAD_DIM, False, False, RAGGED, PRECISION,
             )  # fmt: skip
             if EXPIRES:
                 keys_grad, values_grad, biases_grad = _key_gradients_of_blocks(
                     keys_grad, values_grad, biases_grad, keys, values, biases, expiries, first_key, queries,
-                    outputs_grad, row_max + row * seq, log_sum + row * seq, delta + row * seq, whole, last,
+                    outputs_grad, log_sum + row * seq, delta + row * seq, whole, last,
                     query_token, output_token, seq, exponent,
                     QUERIES, KEYS, HEAD_DIM, False, True, RAGGED, PRECISION,
                 )  # fmt: skip
