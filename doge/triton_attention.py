@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 def supports(query: torch.Tensor) -> bool:
     """Whether the kernels take queries (..., head_dim) of this width and dtype on this device.
 
-    They run on GPUs of compute capability 8.0 or later, and on the CPU, slowly, under `TRITON_INTERPRET=1`.
+    They run on NVIDIA GPUs of compute capability 8.0 or later, and on the CPU, slowly, under `TRITON_INTERPRET=1`.
     """
     head_dim = query.shape[-1]
     if triton is None or not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
@@ -47,7 +47,7 @@ def supports(query: torch.Tensor) -> bool:
         return query.dtype in (torch.float16, torch.float32)
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    return query.is_cuda and _capability(query.device)[0] >= 8
+    return query.is_cuda and torch.version.hip is None and _capability(query.device)[0] >= 8
 
 
 @functools.cache
@@ -101,7 +101,7 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, expiry):
         query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        expiry = None if expiry is None else expiry.contiguous()
+        expiry = None if expiry is None else expiry.int().contiguous()
         batch, heads, seq, head_dim = query.shape
         blocks, ctx.blocks = choose_blocks(query)
         output = query.new_empty(batch, seq, heads, head_dim)
@@ -177,8 +177,8 @@ def _common_options(query, key, expiry, blocks) -> dict:
         "KEYS": blocks.keys,
         "EXPIRES": expiry is not None,
         "RAGGED": seq % max(blocks.queries, blocks.keys) != 0,
-        # TF32, the default for float32, keeps 10 bits; the option means nothing to the other dtypes.
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        # Three products of TF32, 10 bits each, are nearly one of float32; the option means nothing to other dtypes.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
