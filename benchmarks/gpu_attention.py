@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from doge.attention import key_expiry
-from doge.triton_attention import supports, triton_attention
+from doge.attention import KeyWindow, key_expiry
+from doge.attention.triton_kernel import supports, triton_attention
 
 
 def make_inputs(args: argparse.Namespace) -> list[torch.Tensor]:
@@ -31,7 +31,7 @@ def make_inputs(args: argparse.Namespace) -> list[torch.Tensor]:
     tokens = (args.batch, args.sequence_length)
     states = [torch.randn(*tokens, n, args.head_dim, device="cuda") for n in (args.heads, args.kv_heads, args.kv_heads)]
     bias = torch.randn(*tokens, args.kv_heads, device="cuda").exp().transpose(1, 2)
-    expiry = key_expiry(bias, args.window).int()
+    expiry = key_expiry(bias, KeyWindow(args.window)).int()
     return [*(x.bfloat16().transpose(1, 2).requires_grad_() for x in states), bias.requires_grad_(), expiry]
 
 

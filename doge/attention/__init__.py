@@ -18,8 +18,15 @@ Source of the method: the Doge architecture of the SmallDoge team, as in transfo
 from doge.attention.cache import DogeCache
 from doge.attention.functional import document_ends, dynamic_mask_attention
 from doge.attention.layer import DogeAttention
-from doge.attention.window import KeyWindow, kept_keys, key_expiry
+from doge.attention.window import KeyWindow, kept_keys, key_expiry, lifetimes
 
 __all__ = [
-    "DogeAttention", "DogeCache", "KeyWindow", "document_ends", "dynamic_mask_attention", "kept_keys", "key_expiry",
-]  # fmt: skip
+    "DogeAttention",
+    "DogeCache",
+    "KeyWindow",
+    "document_ends",
+    "dynamic_mask_attention",
+    "kept_keys",
+    "key_expiry",
+    "lifetimes",
+]

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 from doge.attention.cpu import cpu_attention
 from doge.attention.stock import stock_attention
-from doge.attention.window import KeyWindow
+from doge.attention.triton_kernel import supports, triton_attention
+from doge.attention.window import KeyWindow, lifetimes
 
 
 def dynamic_mask_attention(
@@ -40,9 +41,15 @@ def dynamic_mask_attention(
     if isinstance(window, int):
         window = KeyWindow(window)
     order = order[:, None] if order is not None and document_ends is None else None  # for every key-value head
+    if query.device.type == "cuda" and not dropout_p and supports(query):
+        return _triton_attention(query, key, value, bias, lifetimes(bias, window, document_ends, order))
     if query.device.type == "cpu" and not dropout_p:
         return cpu_attention(query, key, value, bias, window, document_ends, order)
     return stock_attention(query, key, value, bias, window, document_ends, order, dropout_p)
+
+
+# To torch.compile the kernels are no part of a graph: it would trace their autograd.Function.
+_triton_attention = torch.compiler.disable(triton_attention)
 
 
 def document_ends(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:

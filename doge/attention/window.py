@@ -81,6 +81,31 @@ def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None
     return (expiry + window.num_local).clamp(max=seq) if window.num_local else expiry
 
 
+def lifetimes(
+    bias: torch.Tensor, window: KeyWindow, document_ends: torch.Tensor | None, order: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`key_expiry` with documents, none of whose keys outlives it: (batch, kv_heads, seq), `None` where none expires.
+
+    Args:
+        bias: (batch, kv_heads, seq).
+        document_ends, order: see `dynamic_mask_attention`.
+    """
+    seq = bias.shape[-1]
+    if document_ends is None:
+        return key_expiry(bias, window, order) if seq > window.size else None
+    ends = document_ends[:, None].expand(bias.shape)
+    if seq <= window.size:
+        return ends
+    expiry = ends.clone()
+    for row, lengths in enumerate(document_ends):
+        begin = 0
+        for end in lengths.unique_consecutive().tolist():
+            if end - begin > window.size:
+                expiry[row, :, begin:end] = key_expiry(bias[row, :, begin:end], window) + begin
+            begin = end
+    return expiry
+
+
 def kept_keys(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
     """The keys that the newest query sees, oldest first: (..., min(seq, W)) int64 indices.
 

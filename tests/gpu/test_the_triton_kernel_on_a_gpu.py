@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from doge.attention import key_expiry
-from doge.triton_attention import supports, triton_attention
+from doge.attention import KeyWindow, key_expiry
+from doge.attention.triton_kernel import supports, triton_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -61,7 +61,7 @@ def errors(inputs, expiry):
 def test_it_errs_by_its_rounding(seq, heads, kv_heads, head_dim, dtype, window, limit):
     inputs = random_inputs(seq, heads, kv_heads, head_dim, dtype)
     assert supports(inputs[0])
-    expiry = None if window is None else key_expiry(inputs[3], window).int()
+    expiry = None if window is None else key_expiry(inputs[3], KeyWindow(window)).int()
     found = errors(inputs, expiry)
     assert max(found.values()) < limit, found
 
@@ -76,6 +76,6 @@ def test_packed_documents_see_only_themselves():
 
 def test_the_backward_pass_is_deterministic():
     inputs = random_inputs(1024, 4, 2, 128, torch.bfloat16)
-    expiry = key_expiry(inputs[3], 200).int()
+    expiry = key_expiry(inputs[3], KeyWindow(200)).int()
     results = [torch.autograd.grad(triton_attention(*inputs, expiry).square().sum(), inputs) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))

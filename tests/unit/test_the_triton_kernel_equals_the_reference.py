@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import doge.triton_attention
-from doge.attention import PADDED_KEY_BIAS, key_expiry
-from doge.triton_attention import Blocks, supports, triton_attention
+from doge.attention import KeyWindow, dynamic_mask_attention, key_expiry, lifetimes, triton_kernel
+from doge.attention.layer import PADDED_KEY_BIAS
+from doge.attention.triton_kernel import Blocks, supports, triton_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(doge.triton_attention.triton is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(triton_kernel.triton is None, reason="needs triton")
 interpreted = pytest.mark.skipif(
-    not INTERPRETED or doge.triton_attention.triton is None, reason="run by test_all_of_it_under_the_interpreter"
+    not INTERPRETED or triton_kernel.triton is None, reason="run by test_all_of_it_under_the_interpreter"
 )
 
 
@@ -40,7 +40,7 @@ def test_it_declines_what_no_kernel_takes():
         assert not supports(states)
         with pytest.raises(ValueError, match="head_dim"):
             triton_attention(states, states, states, states[..., 0], None)
-    assert supports(torch.zeros(1, 1, 4, 64)) == (INTERPRETED and doge.triton_attention.triton is not None)
+    assert supports(torch.zeros(1, 1, 4, 64)) == (INTERPRETED and triton_kernel.triton is not None)
 
 
 def dense_attention(query, key, value, bias, expiry):
@@ -70,7 +70,7 @@ def random_inputs(seq, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, ba
 def windowed_expiry(bias, window, lengths=None):
     """Expiry (batch, kv_heads, seq) in int32 by a window of each document."""
     starts = [0, *torch.tensor(lengths or [bias.shape[-1]]).cumsum(0).tolist()]
-    pieces = [key_expiry(bias[..., a:b], window) + a for a, b in itertools.pairwise(starts)]
+    pieces = [key_expiry(bias[..., a:b], KeyWindow(window)) + a for a, b in itertools.pairwise(starts)]
     return torch.cat(pieces, dim=-1).int()
 
 
@@ -96,7 +96,7 @@ WIDE, TALL = Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1)
 def blocks(request, monkeypatch):
     """Small blocks of queries and keys, forward and backward: several of each kind in few tokens."""
     chosen = getattr(request, "param", (TALL, TALL))
-    monkeypatch.setattr(doge.triton_attention, "choose_blocks", lambda query: chosen)
+    monkeypatch.setattr(triton_kernel, "choose_blocks", lambda query: chosen)
 
 
 @interpreted
@@ -131,7 +131,7 @@ def test_blocks_dead_between_living_ones_are_not_visited():
     expiry = torch.arange(1, 131).int()
     expiry[0], expiry[32:48] = 130, 96
     expiry = expiry.expand(2, 1, -1).contiguous()
-    lists, counts = doge.triton_attention._list_key_blocks(expiry, 130, TALL)
+    lists, counts = triton_kernel._list_key_blocks(expiry, 130, TALL)
     assert lists.shape == (2, 1, 5, 9)
     assert counts[1, 0].tolist() == [[0, 0], [0, 1], [1, 1], [0, 1], [0, 1]]  # without mask, with mask
     assert (lists[1, 0, 2, 0], lists[1, 0, 2, -1]) == (2, 0)
@@ -196,3 +196,18 @@ def test_a_key_changes_nothing_for_queries_that_do_not_see_it():
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1, ~sees], after[1, ~sees])
     assert (before[1, sees] != after[1, sees]).any(-1).all()
+
+
+@interpreted
+@pytest.mark.parametrize("window", [64, 7])
+@pytest.mark.parametrize("documents", [[43], [20, 3, 20], [1, 42]])
+def test_with_lifetimes_it_is_dynamic_mask_attention(documents, window):
+    inputs = random_inputs(43, 4, 2, batch=1)
+    lengths = torch.tensor(documents)
+    ends = lengths.cumsum(0).repeat_interleave(lengths)[None] if len(documents) > 1 else None
+    expiry = lifetimes(inputs[3], KeyWindow(window), ends)
+    assert (expiry is None) == (window == 64 and ends is None)
+    ours = compare(inputs, expiry)[0]
+    torch.testing.assert_close(
+        ours, dynamic_mask_attention(*inputs, window=window, document_ends=ends), atol=2e-5, rtol=0
+    )
