@@ -17,6 +17,9 @@ from transformers.activations import ACT2FN
 
 from doge.configuration import DogeMoeConfig, expert_grid
 
+OPERATIONS_PER_BYTE = 16  # that a machine can do in the time in which it gathers a byte; see `gathers_rows`
+_SUM_MODE = 0  # of torch's embedding-bag kernels
+
 
 def retrieve_experts(
     query: torch.Tensor, keys: torch.Tensor, grid: tuple[int, int], top_k: int
@@ -34,8 +37,9 @@ def retrieve_experts(
     # In float32: rounding the scores would let the kind of matmul decide which experts a token gets.
     row_query, column_query = query.float().unbind(dim=2)
     row_keys, column_keys = keys.float().split(grid, dim=1)
-    row_scores, rows = torch.einsum("thr,hnr->thn", row_query, row_keys).topk(min(top_k, grid[0]))
-    column_scores, columns = torch.einsum("thr,hnr->thn", column_query, column_keys).topk(min(top_k, grid[1]))
+    with torch.autocast(query.device.type, enabled=False):
+        row_scores, rows = torch.einsum("thr,hnr->thn", row_query, row_keys).topk(min(top_k, grid[0]))
+        column_scores, columns = torch.einsum("thr,hnr->thn", column_query, column_keys).topk(min(top_k, grid[1]))
     pair_scores = (row_scores.unsqueeze(-1) + column_scores.unsqueeze(-2)).flatten(-2)
     pair_experts = (rows.unsqueeze(-1) * grid[1] + columns.unsqueeze(-2)).flatten(-2)
     scores, best = pair_scores.topk(top_k)
@@ -47,8 +51,8 @@ class ExpertInput(nn.Embedding):
 
     def forward(self, hidden: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Dot products of (tokens, hidden_size) with the vectors of experts (tokens, k) -> (tokens, k)."""
-        if _fewer_rows_than_table(experts, self.weight):
-            return torch.einsum("td,tkd->tk", hidden, self.weight[experts])
+        if gathers_rows(experts, self.weight):
+            return _GatherDot.apply(hidden.to(self.weight.dtype), experts, self.weight)
         return F.linear(hidden, self.weight).gather(1, experts)
 
 
@@ -57,15 +61,85 @@ class ExpertOutput(nn.Embedding):
 
     def forward(self, activations: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Sums of the vectors of experts (tokens, k) weighted by activations (tokens, k) -> (tokens, hidden_size)."""
-        if _fewer_rows_than_table(experts, self.weight):
-            return torch.einsum("tk,tkd->td", activations, self.weight[experts])
+        if gathers_rows(experts, self.weight):
+            return _WeightedSum.apply(activations.to(self.weight.dtype), experts, self.weight)
         dense = activations.new_zeros(len(activations), len(self.weight)).scatter_add(1, experts, activations)
         return dense @ self.weight
 
 
-def _fewer_rows_than_table(experts: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gathering rows touches less memory than one matmul with the whole table (decoding, not training)."""
-    return experts.numel() < len(weight)
+def gathers_rows(experts: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether to read the rows of experts (tokens, k) one by one, rather than to multiply by the whole table.
+
+    For a token, a matmul with the table (num_experts, d) takes 2 * num_experts * d operations, and gathering takes
+    k * d * itemsize bytes, mostly from a cache. Every preset gathers, in any dtype; a matmul pays where a large part of
+    the table is chosen, and not for a few tokens, which would read less of the table than it holds.
+    """
+    operations, gathered_bytes = 2 * len(weight), experts.shape[1] * weight.element_size()
+    return operations > OPERATIONS_PER_BYTE * gathered_bytes or experts.numel() < len(weight)
+
+
+# Gathering needs three products, and the derivatives of each are the other two. All run in kernels that read a row of
+# the table, use it and drop it: nothing of size tokens * k * d exists, forward or backward.
+
+
+class _GatherDot(torch.autograd.Function):
+    """`out[t, k] = hidden[t] . table[experts[t, k]]`."""
+
+    @staticmethod
+    def forward(ctx, hidden, experts, table):
+        ctx.save_for_backward(hidden, experts, table)
+        return _gather_dot(hidden, experts, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, experts, table = ctx.saved_tensors
+        hidden_grad = _weighted_sum(grad, experts, table) if ctx.needs_input_grad[0] else None
+        table_grad = _sum_by_expert(grad, experts, hidden, len(table)) if ctx.needs_input_grad[2] else None
+        return hidden_grad, None, table_grad
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`out[t] = sum over k of weights[t, k] * table[experts[t, k]]`."""
+
+    @staticmethod
+    def forward(ctx, weights, experts, table):
+        ctx.save_for_backward(weights, experts, table)
+        return _weighted_sum(weights, experts, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, experts, table = ctx.saved_tensors
+        weights_grad = _gather_dot(grad, experts, table) if ctx.needs_input_grad[0] else None
+        table_grad = _sum_by_expert(weights, experts, grad, len(table)) if ctx.needs_input_grad[2] else None
+        return weights_grad, None, table_grad
+
+
+def _gather_dot(hidden: torch.Tensor, experts: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(tokens, d), (tokens, k), (num_experts, d) -> (tokens, k)."""
+    # The kernel that torch has for it bears the name of the one place where torch itself needs it.
+    bag_of = torch.arange(len(experts), device=experts.device)
+    offsets, bag_of = bag_of * experts.shape[1], bag_of.repeat_interleave(experts.shape[1])
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dot(hidden, table, experts.flatten(), offsets, bag_of, _SUM_MODE).view_as(experts)
+
+
+def _weighted_sum(weights: torch.Tensor, experts: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(tokens, k), (tokens, k), (num_experts, d) -> (tokens, d)."""
+    return F.embedding_bag(experts, table, mode="sum", per_sample_weights=weights)
+
+
+def _sum_by_expert(weights: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`out[e] = sum over (t, k) with experts[t, k] = e of weights[t, k] * rows[t]`.
+
+    The choices are sorted by expert, so that each expert's are summed in one go and in one order: without atomics, and
+    in float32 whatever the dtype (a popular expert has thousands, of which bfloat16 would lose most).
+
+    (tokens, k), (tokens, k), (tokens, d) -> (num_experts, d).
+    """
+    experts, order = experts.flatten().sort(stable=True)
+    first = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device))
+    tokens = order // weights.shape[1]
+    return F.embedding_bag(tokens, rows, first, mode="sum", per_sample_weights=weights.flatten()[order])
 
 
 class DogeCDMoE(nn.Module):
@@ -104,7 +178,7 @@ class DogeCDMoE(nn.Module):
         if self.expert_counts is not None:
             self.expert_counts += torch.bincount(experts.flatten(), minlength=self.num_experts)
         activations = self.act_fn(self.down_embed(tokens, experts)) * weights
-        return shared + self.up_embed(activations, experts).view_as(shared)
+        return shared + self.up_embed(activations, experts).view_as(shared).to(shared.dtype)
 
 
 def track_expert_usage(model: nn.Module) -> None:

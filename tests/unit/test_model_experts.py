@@ -4,8 +4,17 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model, tokens
 
-from doge.configuration import expert_grid
-from doge.experts import DogeCDMoE, pop_expert_usage, retrieve_experts, track_expert_usage
+from doge import experts as experts_module
+from doge.configuration import ModelRecipe, expert_grid
+from doge.experts import (
+    DogeCDMoE,
+    ExpertInput,
+    ExpertOutput,
+    gathers_rows,
+    pop_expert_usage,
+    retrieve_experts,
+    track_expert_usage,
+)
 from doge.modeling import build_model
 
 
@@ -41,6 +50,128 @@ def test_only_candidates_are_scored():
     with Allocations() as allocations:
         retrieve_experts(torch.randn(5, 2, 2, 8), torch.randn(2, 32 + 64, 8), (32, 64), 4)
     assert max(shape[-1] for shape, _ in allocations.results if shape) <= 96
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_float32_whatever_the_dtype(dtype):
+    query, keys = torch.randn(50, 2, 2, 8).to(dtype), torch.randn(2, 12, 8).to(dtype)
+    expected = retrieve_experts(query.float(), keys.float(), (4, 8), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = retrieve_experts(query, keys, (4, 8), 3)
+    assert found[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+PATHS = pytest.mark.parametrize("gathers", [True, False], ids=["rows", "table"])
+
+
+def use_path(monkeypatch, gathers: bool) -> None:
+    monkeypatch.setattr(experts_module, "gathers_rows", lambda *_: gathers)
+
+
+def experts_loss(hidden, weights, experts, down, up):
+    """A scalar of all that the two modules compute, of dtype float64, and its gradient with respect to each input."""
+    activations = torch.nn.functional.silu(down(hidden, experts)) * weights
+    output = up(activations, experts)
+    ramp = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    parameters = [down.weight, up.weight] if isinstance(down, ExpertInput) else [down.table, up.table]
+    return output, torch.autograd.grad((output.double() * ramp).sum(), [hidden, weights, *parameters])
+
+
+@PATHS
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_outputs_and_gradients_equal_those_of_gathered_rows_in_float64(monkeypatch, gathers, dtype, tolerance):
+    use_path(monkeypatch, gathers)
+    torch.manual_seed(0)
+    down, up = ExpertInput(48, 32, dtype=dtype), ExpertOutput(48, 32, dtype=dtype)
+    hidden = torch.randn(100, 32).to(dtype).requires_grad_()
+    weights = torch.rand(100, 6).to(dtype).requires_grad_()
+    experts = torch.randint(40, (100, 6)) + 4  # some have no token; two heads of a token may agree
+    assert experts.sort().values.diff().eq(0).any()
+
+    def rows(module):
+        def product(other, experts):
+            equation = "td,tkd->tk" if isinstance(module, ExpertInput) else "tk,tkd->td"
+            return torch.einsum(equation, other, product.table[experts])
+
+        product.table = module.weight.detach().double().requires_grad_()
+        return product
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weights)]
+    output, gradients = experts_loss(hidden, weights, experts, down, up)
+    exact_output, exact_gradients = experts_loss(*exact, experts, rows(down), rows(up))
+    for found, expected in zip((output, *gradients), (exact_output, *exact_gradients), strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_a_popular_expert_loses_no_token_to_rounding():
+    down, up = ExpertInput(600, 8, dtype=torch.bfloat16), ExpertOutput(600, 8, dtype=torch.bfloat16)
+    hidden, experts = torch.ones(2048, 8, dtype=torch.bfloat16), torch.full((2048, 2), 7)
+    assert gathers_rows(experts, down.weight)
+    down(hidden, experts).sum().backward()
+    up(torch.ones(2048, 2, dtype=torch.bfloat16), experts).sum().backward()
+    for module in (down, up):  # added one by one in bfloat16, ones end at 256
+        assert module.weight.grad[7].eq(4096).all()
+        assert module.weight.grad.sum() == 8 * 4096
+
+
+def test_neither_the_chosen_rows_nor_all_scores_of_the_tokens_ever_exist():
+    from allocations import Allocations
+
+    layer = DogeCDMoE(tiny_config(moe=True, num_experts=2048))
+    layer.apply(lambda module: [torch.nn.init.normal_(p) for p in module.parameters(recurse=False)])
+    hidden = torch.randn(1, 400, 64, requires_grad=True)
+    with Allocations() as allocations:
+        layer(hidden).sum().backward()
+    sizes = {shape: torch.Size(shape).numel() for shape, _ in allocations.results}
+    del sizes[2048, 64]  # a gradient of the table
+    assert max(sizes.values()) < 400 * 6 * 64  # tokens * k * d, less than tokens * num_experts
+
+
+@pytest.mark.parametrize("preset", ["Doge-MoE-20M", "Doge-MoE-80M", "Doge-MoE-220M", "Doge-MoE-500M"])
+def test_the_rows_of_a_preset_are_gathered_in_any_dtype(preset):
+    config = ModelRecipe(preset).build()
+    experts = torch.empty(4096, config.num_expert_heads * config.num_experts_per_tok, dtype=torch.int64, device="meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.empty(config.num_experts, config.hidden_size, dtype=dtype, device="meta")
+        assert gathers_rows(experts, table)
+
+
+def test_a_table_of_which_much_is_chosen_is_multiplied_whole_unless_few_tokens_come():
+    table = torch.empty(32, 64)
+    assert not gathers_rows(torch.empty(100, 6), table)
+    assert not gathers_rows(torch.empty(8, 4), table)
+    assert gathers_rows(torch.empty(7, 4), table)
+
+
+@PATHS
+def test_a_compiled_layer_is_one_graph_and_equals_itself(monkeypatch, gathers):
+    use_path(monkeypatch, gathers)
+    layer, hidden = layer_and_tokens()
+    results = []
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        inputs = hidden.clone().requires_grad_()
+        output = forward(inputs)
+        output.square().sum().backward()
+        results.append([output, inputs.grad, *(p.grad.clone() for p in layer.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@PATHS
+def test_autocast_gives_the_dtype_of_the_shared_expert(monkeypatch, gathers):
+    use_path(monkeypatch, gathers)
+    layer, hidden = layer_and_tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for inputs in (hidden, hidden.bfloat16()):
+            output = layer(inputs)
+            output.float().sum().backward()
+            assert output.dtype == torch.bfloat16
+            assert (output - layer(hidden)).norm() < 0.05 * output.norm()
 
 
 def layer_and_tokens(dtype=torch.float32):
