@@ -1,5 +1,8 @@
 """Equal texts give an equal tokenizer, with fixed special ids, that AutoTokenizer opens and TRL can mask."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,8 +125,11 @@ def test_gigatoken_and_tokenizers_agree(tokenizer, monkeypatch):
 
 def test_a_faster_encoder_that_disagrees_is_not_used(tokenizer, monkeypatch, caplog):
     class Wrong:
-        def encode_batch_list(self, texts, parallel):
-            return [[9]] * len(texts)
+        def encode_batch(self, texts, parallel):
+            return SimpleNamespace(layout=SimpleNamespace(
+                content=SimpleNamespace(data=np.full(len(texts), 9, np.uint32)),
+                offsets=SimpleNamespace(data=np.arange(len(texts) + 1)),
+            ))  # fmt: skip
 
     expected = [ids.tolist() for ids in tokenize(tokenizer, TEXTS)]
     monkeypatch.setattr(encoding, "_gigatoken", lambda content, special: Wrong())
