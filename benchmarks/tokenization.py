@@ -20,14 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from machines import first_cores
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.machines import first_cores
 from data_pipelines import embedded
 from data_pipelines.plan import Plan, make_plan
 from data_pipelines.prepare import prepare
@@ -44,9 +43,7 @@ DISTINCT_BYTES = 12_000_000  # of code and as many of prose, before the text rep
 def installation_texts() -> list[str]:
     """Modules of the standard library and the documentation of the installed packages."""
     names = [
-        name
-        for kind in ("code", "prose")
-        for name, _, _ in embedded.list_files(embedded.SCHEME + kind, DISTINCT_BYTES)
+        name for kind in ("code", "prose") for name, _, _ in embedded.list_files(embedded.SCHEME + kind, DISTINCT_BYTES)
     ]
     return [row["text"] for name in names for row in embedded.rows(name) if row["text"]]
 
@@ -58,15 +55,14 @@ def given_texts(paths: list[str]) -> list[str]:
 
 def write_files(folder: Path, texts: list[str], size: int) -> int:
     """``size`` bytes of text, repeated if need be, as JSONL files of equal size; the bytes that it came to."""
-    streams = [open(folder / f"{number:02d}.jsonl", "w") for number in range(FILES)]
     written = number = 0
-    for text in cycle(texts):
-        if written >= size:
-            break
-        streams[number % FILES].write(json.dumps({"text": text}) + "\n")
-        written, number = written + len(text.encode()), number + 1
-    for stream in streams:
-        stream.close()
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open(folder / f"{file:02d}.jsonl", "w")) for file in range(FILES)]
+        for text in cycle(texts):
+            if written >= size:
+                break
+            streams[number % FILES].write(json.dumps({"text": text}) + "\n")
+            written, number = written + len(text.encode()), number + 1
     return written
 
 
@@ -137,9 +133,7 @@ def serve_theirs(folder: Path) -> None:
 
     def encode(batch: dict) -> dict:
         # what looks like a special token is text
-        ids = tokenizer(
-            batch["text"], add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
+        ids = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
         return {"input_ids": ids["input_ids"]}
 
     print(json.dumps("ready"), flush=True)

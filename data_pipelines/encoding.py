@@ -75,9 +75,9 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special:
 
 
 def _agree(fast, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> bool:
-    """Whether both give the same ids for a sample: pieces of documents spread over all, each from farther on in its."""
+    """Whether both give the same ids for a sample: pieces of documents spread over all, each from farther on in its own."""
     chosen = [texts[at * len(texts) // SAMPLE] for at in range(SAMPLE)]
-    starts = [max(0, len(text) - SAMPLE_CHARACTERS) * at // SAMPLE for at, text in enumerate(chosen)]
+    starts = [max(0, len(text) - SAMPLE_CHARACTERS) * at // (SAMPLE - 1) for at, text in enumerate(chosen)]
     sample = [text[start : start + SAMPLE_CHARACTERS] for text, start in zip(chosen, starts, strict=True)]
     theirs, ours = _with_gigatoken(fast, sample), _with_tokenizers(tokenizer, sample, special)
     return np.array_equal(theirs.lengths, ours.lengths) and np.array_equal(theirs.values, ours.values)
