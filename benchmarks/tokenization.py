@@ -25,7 +25,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from machines import first_cores
+from machines import end, first_cores
 
 from data_pipelines import embedded
 from data_pipelines.plan import Plan, make_plan
@@ -116,8 +116,7 @@ class Theirs:
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        end(self._process)
 
 
 def serve_theirs(folder: Path) -> None:
@@ -188,6 +187,7 @@ def main() -> None:
         return
 
     os.sched_setaffinity(0, first_cores(CORES))  # and all that this process starts
+    os.environ.update(RAY_worker_niceness="0")  # by default they give way to all else, the other side too
     import ray
 
     with tempfile.TemporaryDirectory(prefix="doge-", dir="/tmp", ignore_cleanup_errors=True) as name:  # short paths

@@ -75,7 +75,7 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special:
 
 
 def _agree(fast, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> bool:
-    """Whether both give the same ids for a sample: pieces of documents spread over all, each from farther on in its own."""
+    """Whether both give the same ids for a sample: a piece each of documents all over, ever farther on in them."""
     chosen = [texts[at * len(texts) // SAMPLE] for at in range(SAMPLE)]
     starts = [max(0, len(text) - SAMPLE_CHARACTERS) * at // (SAMPLE - 1) for at, text in enumerate(chosen)]
     sample = [text[start : start + SAMPLE_CHARACTERS] for text, start in zip(chosen, starts, strict=True)]
