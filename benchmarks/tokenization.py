@@ -49,7 +49,7 @@ def installation_texts() -> list[str]:
 
 
 def given_texts(paths: list[str]) -> list[str]:
-    lines = (line for path in paths for line in Path(path).read_text("utf-8").splitlines())
+    lines = (line for path in paths for line in Path(path).read_text("utf-8").split("\n") if line.strip())
     return [text for line in lines if (text := json.loads(line)["text"])]
 
 
