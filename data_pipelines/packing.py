@@ -8,6 +8,34 @@ import numpy as np
 IGNORE_INDEX = -100  # the label that transformers' losses skip
 
 
+class Ragged(Sequence[np.ndarray]):
+    """Arrays of different lengths, laid end to end in one; item *i* is a view.
+
+    Args:
+        values: (sum of lengths,).
+        lengths: (items,) int64.
+    """
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray):
+        self.values, self.lengths = values, lengths
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, item: int) -> np.ndarray:
+        end = self._ends[item]
+        return self.values[end - self.lengths[item] : end]
+
+
+def ragged(arrays: Sequence[np.ndarray]) -> Ragged:
+    """The arrays of any sequence laid end to end; a Ragged as it is."""
+    if isinstance(arrays, Ragged):
+        return arrays
+    lengths = np.fromiter((len(array) for array in arrays), np.int64, len(arrays))
+    return Ragged(np.concatenate([*arrays, np.empty(0, np.uint8)], dtype=np.int64), lengths)
+
+
 class Packed(NamedTuple):
     """Rows of tokens and where their segments start.
 
@@ -29,18 +57,17 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def pack(documents: Sequence[np.ndarray], sequence_length: int, pad_id: int, dtype=np.uint16) -> Packed:
-    """Concatenate documents and cut the stream into rows.
+    """Cut the stream of the documents' tokens into rows; of a Ragged without a look at any single document.
 
     No token is lost. A document cut by a row's end goes on as a new segment of the next row; the padding at the end of
     the last row is a segment of its own.
     """
-    lengths = np.fromiter((len(document) for document in documents), np.int64, len(documents))
-    lengths = lengths[lengths > 0]
-    length = int(lengths.sum())
+    documents = ragged(documents)
+    lengths = documents.lengths[documents.lengths > 0]
+    length = len(documents.values)
     rows = -(-length // sequence_length)
     stream = np.full(rows * sequence_length, pad_id, dtype)
-    if length:
-        np.concatenate(documents, out=stream[:length], casting="unsafe")
+    stream[:length] = documents.values
     row_starts = np.arange(rows) * sequence_length
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, row_starts, [length]]))
     starts = starts[starts < len(stream)]

@@ -123,7 +123,7 @@ def make_shard(
     record = ShardRecord(
         rows=len(packed.tokens),
         tokens=packed.length,
-        documents=sum(len(document) > 0 for document in ids),
+        documents=int(np.count_nonzero(ids.lengths)),
         last=last,
         skipped=skipped,
         **committed,

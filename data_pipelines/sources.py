@@ -203,11 +203,18 @@ def documents(source: SourceRecipe, rows: list[dict[str, Any]]) -> list[str | tu
     """What the rows say: a text each, or a (prompt, text) pair for a conversation."""
     if source.format == "software-heritage":
         return fetch_blobs(source.blob_url, [row[source.blob_column] for row in rows])
-    # JSON may hold half a surrogate pair, which no tokenizer takes
-    values = [
-        tuple((row[column] or "").encode("utf-8", "replace").decode() for column in source.columns) for row in rows
-    ]
-    return values if source.format == "conversation" else [text for (text,) in values]
+    columns = [[_encodable(row[column] or "") for row in rows] for column in source.columns]
+    return list(zip(*columns, strict=True)) if source.format == "conversation" else columns[0]
+
+
+def _encodable(text: str) -> str:
+    """JSON may hold half a surrogate pair, which no tokenizer takes: a question mark takes its place."""
+    if not text.isascii():  # known without a look at the text
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def fetch_blobs(url: str, blob_ids: list[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """The tokenizer: byte-level BPE with Llama-3 pre-tokenization, trained, loaded and fingerprinted."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doge.errors import UserError
@@ -118,10 +120,11 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: it cannot be opened, is not a fast one or has no EOS.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        opener = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
+        tokenizer = opener.from_pretrained(path)
     except Exception as error:  # the hub's and the parsers' errors share no base class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -133,6 +136,22 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer {path!r} has no eos_token: set one in its tokenizer_config.json.")
     return tokenizer
+
+
+def _is_plain(path: str) -> bool:
+    """Whether AutoTokenizer would open a local directory as the general class, which needs no torch to be imported."""
+    try:
+        config = json.loads(Path(path, "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    named = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return named and "auto_map" not in config and not Path(path, "config.json").exists()
+
+
+def _auto_tokenizer() -> type:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:

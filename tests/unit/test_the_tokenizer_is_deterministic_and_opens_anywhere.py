@@ -1,5 +1,9 @@
 """Equal texts give an equal tokenizer, with fixed special ids, that AutoTokenizer opens and TRL can mask."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +11,7 @@ from transformers import AutoTokenizer
 
 from data_pipelines import encoding
 from data_pipelines.encoding import tokenize
+from data_pipelines.packing import ragged
 from doge.errors import UserError
 from doge.tokenizer import (
     SPECIAL_TOKENS,
@@ -112,20 +117,63 @@ AWKWARD = ["", " ", "x<|end_of_text|>y", "naïve\u3000größe\n\n\n  12345", "I'
 
 
 def test_gigatoken_and_tokenizers_agree(tokenizer, monkeypatch):
-    pytest.importorskip("gigatoken")
+    assert all(encoding._agree(encoding._gigatoken(tokenizer, special), tokenizer, TEXTS, special)
+               for special in (True, False))  # fmt: skip
     pairs = [("Why " + text, text) for text in AWKWARD]
     fast = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
-    monkeypatch.setattr(encoding, "_gigatoken", lambda content, special: None)
+    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: None)
     slow = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
     assert [[ids.tolist() for ids in found] for found in fast] == [[ids.tolist() for ids in found] for found in slow]
 
 
-def test_a_faster_encoder_that_disagrees_is_not_used(tokenizer, monkeypatch, caplog):
-    class Wrong:
-        def encode_batch_list(self, texts, parallel):
-            return [[9]] * len(texts)
+class Wrong:
+    """Encodes like gigatoken, but for texts with a certain word in them."""
 
+    def __init__(self, tokenizer, word):
+        self.right, self.word = encoding._gigatoken(tokenizer, False), word
+
+    def encode_batch(self, texts, parallel):
+        return self.right.encode_batch([text.replace(self.word, "") for text in texts], parallel=parallel)
+
+
+@pytest.mark.parametrize("place", ["a document in the middle", "the end of the only document"])
+def test_a_faster_encoder_that_disagrees_is_not_used_and_that_is_said_once(tokenizer, monkeypatch, caplog, place):
+    if place == "a document in the middle":
+        texts = TEXTS[:400] + [text + " wrong" for text in TEXTS[400:450]] + TEXTS[450:]
+    else:
+        texts = ["".join(TEXTS) + "wrong " * 300]
+    wrong = Wrong(tokenizer, "wrong")
+    expected = [ids.tolist() for ids in tokenize(tokenizer, texts)]
+    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: wrong)
+    encoding._say.cache_clear()
+    for _ in range(2):
+        assert [ids.tolist() for ids in tokenize(tokenizer, texts)] == expected
+    assert caplog.text.count("does not agree") == 1
+
+
+def test_a_faster_encoder_that_fails_is_not_used(tokenizer, monkeypatch, caplog):
     expected = [ids.tolist() for ids in tokenize(tokenizer, TEXTS)]
-    monkeypatch.setattr(encoding, "_gigatoken", lambda content, special: Wrong())
+    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: object())
+    encoding._say.cache_clear()
     assert [ids.tolist() for ids in tokenize(tokenizer, TEXTS)] == expected
-    assert "does not agree" in caplog.text
+    assert "gigatoken failed" in caplog.text
+
+
+@given(st.lists(st.lists(st.integers(3, 99), max_size=4), max_size=8), st.sampled_from([None, 0]))
+def test_every_document_with_text_is_enclosed(documents, bos):
+    encoded = ragged([np.array(ids, np.int64) for ids in documents])
+    expected = [([] if bos is None else [bos]) + ids + [1] if ids else [] for ids in documents]
+    assert [ids.tolist() for ids in encoding._enclose(encoded, bos, 1, np.uint16)] == expected
+
+
+def test_preparing_opens_a_tokenizer_without_torch(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    script = (
+        "import sys\n"
+        "from data_pipelines.encoding import tokenize\n"
+        "from doge.tokenizer import load_tokenizer\n"
+        "(ids,) = tokenize(load_tokenizer(sys.argv[1]), ['The sum of 7'])\n"
+        "print(ids.tolist(), 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == f"{tokenize(tokenizer, ['The sum of 7'])[0].tolist()} False"
