@@ -1,9 +1,9 @@
 """How fast one training step of Doge is, against transformers' own implementation, on this machine's CPU.
 
-    python benchmarks/train_step.py --preset Doge-20M
+    python benchmarks/train_step.py --presets Doge-20M Doge-60M
 
-Both run forward, loss and backward in bfloat16 over one sequence packed of documents, on the same tokens. Ours
-keeps the documents apart; theirs (`attn_implementation="sdpa"`) is given no boundaries and attends across them, which
+Both run forward, loss and backward over one sequence packed of documents, on the same tokens. Ours is compiled by layer
+and keeps the documents apart; theirs (`attn_implementation="sdpa"`) is given no boundaries and attends across them, which
 is its faster way. The two take turns, and the medians are compared: on a shared machine trust the ratios rather than
 the speeds. Memory is measured in a fresh process each: how far the peak of the resident set rises above its size just
 before the first step. The last line is one JSON object.
@@ -11,7 +11,6 @@ before the first step. The last line is one JSON object.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,8 +38,8 @@ def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str
     return batch | {"position_ids": positions} if side == "ours" else batch
 
 
-def build(side: str, preset: str) -> torch.nn.Module:
-    """The model of `side`, "ours" or "transformers", in bfloat16 and in training mode."""
+def build(side: str, preset: str, dtype: str = "bfloat16") -> torch.nn.Module:
+    """The model of `side`, "ours" or "transformers", in training mode."""
     from doge.configuration import ModelRecipe
 
     config = ModelRecipe(preset).build()
@@ -54,7 +53,7 @@ def build(side: str, preset: str) -> torch.nn.Module:
 
         config._attn_implementation = "sdpa"
         model = DogeForCausalLM(config)
-    return model.to(torch.bfloat16).train()
+    return model.to(getattr(torch, dtype)).train()
 
 
 def train_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
@@ -66,43 +65,37 @@ def train_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     return seconds
 
 
-def resident_bytes() -> int:
-    """The resident set of this process now."""
+def resident_bytes(field: str = "VmRSS") -> int:
+    """The resident set of this process now, or its peak ("VmHWM"; ru_maxrss would be the parent's if that is more)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("VmRSS is missing from /proc/self/status: memory can be measured on Linux only.")
+    raise OSError(f"{field} is missing from /proc/self/status: memory can be measured on Linux only.")
 
 
 def measure_memory(side: str, args: argparse.Namespace) -> int:
     """Growth of this process's peak resident set over one step, in bytes."""
-    model = build(side, args.preset)
+    model = build(side, args.presets[0], args.dtype)
     batch = make_batch(side, model.config.vocab_size, args)
     before = resident_bytes()
     train_step(model, batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_bytes("VmHWM") - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="Doge-20M", help="dense preset (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens (default: %(default)s)")
-    parser.add_argument("--document-length", type=int, default=500, help="tokens, about (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default: %(default)s)")
-    parser.add_argument("--memory-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory_of:
-        print(measure_memory(args.memory_of, args))
-        return
-
+def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
+    """Ratios of speed and memory of one preset, after a table of both sides."""
     sides = ("ours", "transformers")
     growth = {}
     for side in sides:
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side]
+        command = [sys.executable, __file__, *sys.argv[1:], "--presets", preset, "--memory-of", side]
         growth[side] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
-    models = {side: build(side, args.preset) for side in sides}
+    models = {side: build(side, preset, args.dtype) for side in sides}
     models["transformers"].load_state_dict(models["ours"].state_dict())
+    if not args.no_compile:
+        from doge.compilation import compile_layers
+
+        compile_layers(models["ours"])
     batches = {side: make_batch(side, model.config.vocab_size, args) for side, model in models.items()}
     seconds = {side: [] for side in sides}
     for round_number in range(-2, args.rounds):
@@ -112,16 +105,34 @@ def main() -> None:
                 seconds[side].append(elapsed)
 
     speed = {side: args.sequence_length / statistics.median(seconds[side]) for side in sides}
-    print(f"{args.preset}, 1 x {args.sequence_length}, bfloat16, CPU, {torch.get_num_threads()} threads")
+    print(f"{preset}, 1 x {args.sequence_length}, {args.dtype}, CPU, {torch.get_num_threads()} threads")
     print(f"{'':14}{'tokens/s':>10}{'peak growth, MB':>18}")
     for side in sides:
-        print(f"{side:14}{speed[side]:>10.0f}{growth[side] / 1e6:>18.0f}")
-    result = {
-        "tokens_per_s_ours": round(speed["ours"], 1),
-        "tokens_per_s_transformers": round(speed["transformers"], 1),
-        "ratio": round(speed["ours"] / speed["transformers"], 3),
-        "memory_ratio": round(growth["ours"] / growth["transformers"], 3),
+        print(f"{side:14}{speed[side]:>10.0f}{growth[side] / 1e6:>18.0f}", flush=True)
+    size = preset.rpartition("-")[2].lower()
+    return {
+        f"ratio_{size}": round(speed["ours"] / speed["transformers"], 3),
+        f"memory_ratio_{size}": round(growth["ours"] / growth["transformers"], 3),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = ["Doge-20M", "Doge-60M"]
+    parser.add_argument("--presets", nargs="+", default=presets, help="dense ones (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens (default: %(default)s)")
+    parser.add_argument("--document-length", type=int, default=500, help="tokens, about (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default: %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--memory-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(measure_memory(args.memory_of, args))
+        return
+    result: dict[str, float] = {}
+    for preset in args.presets:
+        result |= compare(preset, args)
     print(json.dumps(result))
 
 
