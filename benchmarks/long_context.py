@@ -2,10 +2,10 @@
 
     python benchmarks/long_context.py --lengths 2048 4096 8192 16384
 
-fp32, 1 x T, `keep_window_size` 2048, distinct random tokens. Both sides take turns at each length and the medians are compared;
-memory is the rise of the peak resident set over one step, in a fresh process each, and its growth exponent is the slope
-of log memory over log length, fitted. transformers materialises masks of T x T and is left out where it needs more
-memory than there is. The outputs of both must agree within 1e-4. The last line is one JSON object.
+fp32, 1 x T, `keep_window_size` 2048, distinct random tokens. Both sides take turns at each length and the medians are
+compared; memory is the rise of the peak resident set over one step, in a fresh process each, and its growth exponent is
+the slope of log memory over log length, fitted. transformers materialises masks of T x T and is left out where it needs
+more memory than there is. The outputs of both must agree within 1e-4. The last line is one JSON object.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python benchmarks/train_step.py --presets Doge-20M Doge-60M
 
 Both run forward, loss and backward over one sequence packed of documents, on the same tokens. Ours is compiled by layer
-and keeps the documents apart; theirs (`attn_implementation="sdpa"`) is given no boundaries and attends across them, which
-is its faster way. The two take turns, and the medians are compared: on a shared machine trust the ratios rather than
-the speeds. Memory is measured in a fresh process each: how far the peak of the resident set rises above its size just
-before the first step. The last line is one JSON object.
+and keeps the documents apart; theirs (`attn_implementation="sdpa"`) is given no boundaries and attends across them,
+which is its faster way. The two take turns, and the medians are compared: on a shared machine trust the ratios rather
+than the speeds. Memory is measured in a fresh process each, uncompiled: how far the peak of the resident set rises
+above its size just before the first step. The last line is one JSON object.
 """
 
 import argparse
