@@ -72,7 +72,7 @@ class Storage:
         protocols = self._filesystem.protocol
         self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
         self._marker = marker if self.is_local else None
-        self._cache = cache or os.environ.get("DOGE_CACHE") or _default_cache()
+        self._cache = cache or default_cache()
 
     def __truediv__(self, prefix: str) -> "Storage":
         below = copy.copy(self)
@@ -230,7 +230,7 @@ class Storage:
 
     def _make_cache(self) -> None:
         os.makedirs(self._cache, mode=0o700, exist_ok=True)
-        if self._cache == _default_cache() and os.lstat(self._cache).st_uid != os.getuid():
+        if self._cache == default_cache() and os.lstat(self._cache).st_uid != os.getuid():
             raise StorageError(
                 f"The cache directory {self._cache} belongs to another user: set DOGE_CACHE to one of your own."
             )
@@ -379,5 +379,6 @@ def _remove_abandoned(folder: str) -> None:
             os.close(lock)
 
 
-def _default_cache() -> str:
-    return os.path.join(tempfile.gettempdir(), f"doge-cache-{os.getuid()}")
+def default_cache() -> str:
+    """Where copies and what is compiled lie on this machine: DOGE_CACHE, or a directory of this user's."""
+    return os.environ.get("DOGE_CACHE") or os.path.join(tempfile.gettempdir(), f"doge-cache-{os.getuid()}")

@@ -5,6 +5,8 @@ smallest bias, the earliest among equals, or none where its own is smaller. Unti
 doubling. Slots are in no order; each remembers the place of its key in the row.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DogeConfig
@@ -15,6 +17,15 @@ from doge.attention.window import KeyWindow, kept_keys, key_expiry
 FIRST_SLOTS = 64
 QUERY_CHUNK = 512  # queries masked at a time where several continue a cache
 NO_KEY = -(2**40)  # place of an empty slot: before every other
+
+
+class Slots(NamedTuple):
+    """What a layer's cache holds; see `DogeCacheLayer`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    biases: torch.Tensor
+    orders: torch.Tensor
 
 
 class DogeCache(Cache):
@@ -60,6 +71,10 @@ class DogeCacheLayer(CacheLayerMixin):
         self.biases: torch.Tensor | None = None
         self.orders: torch.Tensor | None = None
         self.seen = 0
+
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.keys, self.values, self.biases, self.orders)
 
     @torch.no_grad()
     def fill(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> None:

@@ -9,7 +9,11 @@ from torch._inductor.utils import fresh_cache
 
 from doge import compilation
 from doge.errors import UserError
-from doge.generation import Decoder, Sampling
+from doge.generation import Decoder, Sampling, cpu_step
+from doge.generation.cpu_step import CpuStep
+from doge.generation.int8 import Int8
+from doge.generation.torch_step import TorchStep
+from doge.generation.weights import LayerWeights
 
 NEW = 24
 
@@ -24,23 +28,74 @@ def generated(model, prompt, number=NEW):
 
 
 @pytest.mark.parametrize("window", [2048, 16])
-@pytest.mark.parametrize("moe", [False, True])
-def test_every_row_gets_the_tokens_it_would_get_alone(moe, window):
-    model, prompts = tiny_model(moe, window), prompts_of(3, 20, 11, 1)
-    found = Decoder(model, compile=False).generate(prompts, NEW, eos_token_id=-1)
-    assert found == [generated(model, prompt) for prompt in prompts]
+@pytest.mark.parametrize(("moe", "compile"), [(False, True), (False, False), (True, False)])
+def test_every_row_gets_the_tokens_it_would_get_alone(moe, compile, window):
+    model, prompts = tiny_model(moe, window), prompts_of(3, 20, 11, 1, 7)
+    decoder = Decoder(model, compile)
+    assert isinstance(decoder._step, CpuStep if compile else TorchStep)
+    assert decoder.generate(prompts, NEW, eos_token_id=-1) == [generated(model, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize(("rows", "moe"), [(1, False), (3, True)])
-def test_the_compiled_step_gives_the_same_tokens(moe, rows):
+def test_the_step_that_torch_compiles_gives_the_same_tokens(moe, rows):
     model, prompts = tiny_model(moe, window=16), prompts_of(*[9] * rows)
-    found = Decoder(model).generate(prompts, NEW, eos_token_id=-1)
-    assert found == Decoder(model, compile=False).generate(prompts, NEW, eos_token_id=-1)
+    decoder = Decoder(model, compile=False)
+    expected = decoder.generate(prompts, NEW, eos_token_id=-1)
+    layers = [LayerWeights.of(layer) for layer in model.model.layers]
+    decoder._step = TorchStep(model, layers, model.model.embed_tokens.weight, model.lm_head.weight)
+    assert decoder._step._compiles
+    assert decoder.generate(prompts, NEW, eos_token_id=-1) == expected
 
 
-def test_far_beyond_the_window_the_tokens_are_the_full_forwards():
+def logits_of_steps(decoder, prompts, steps):
+    """Logits of the steps after the first, each with the tokens that are likeliest for the uncompiled decoder."""
+    with torch.no_grad():
+        first, cache, lengths = decoder._read(prompts, steps + 1, 1)
+        tokens, found = torch.tensor([prompt[-1] for prompt in prompts]), [first]
+        for number in range(steps):
+            tokens, logits = decoder._step(tokens, lengths + number, [layer.slots for layer in cache.layers], True)
+            found.append(logits)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("forced", [{}, {"num_sink_keys": 2}, {"num_local_keys": 3}])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_the_library_computes_what_torch_does(rows, forced, dtype, int8):
+    model = tiny_model(window=24, dtype=dtype, hidden_size=72)  # head_dim 18: no multiple of the vectors' width
+    for name, value in forced.items():
+        setattr(model.config, name, value)
+    prompts = prompts_of(*range(3, 3 + 5 * rows, 5))
+    ours, theirs = (logits_of_steps(Decoder(model, compile, int8), prompts, 40).float() for compile in (True, False))
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    else:  # whose rounding may tip a token, and all that follow
+        assert (ours[:3] - theirs[:3]).abs().mean() < 0.03 * theirs.std()
+
+
+def test_int8_costs_little():
+    model = tiny_model()
+    prompts = prompts_of(30)
+    exact, rounded = (logits_of_steps(Decoder(model, int8=int8), prompts, 0) for int8 in (False, True))
+    assert torch.equal(exact, rounded)  # prompts are read by the model itself
+    exact, rounded = (logits_of_steps(Decoder(model, int8=int8), prompts, 1)[1] for int8 in (False, True))
+    error = (exact - rounded).abs().mean() / exact.std()
+    assert 1e-5 < error < 0.02
+
+
+def test_int8_rows_keep_half_a_step():
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.arange(7.0)[:, None]
+    rounded = Int8.of(weight)
+    error = (rounded.data * rounded.scale[:, None] - weight).abs()
+    assert (error <= rounded.scale[:, None] * 0.5001).all()
+    assert rounded.data[1:].abs().amax(1).eq(127).all()
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_far_beyond_the_window_the_tokens_are_the_full_forwards(compile):
     model, prompt = tiny_model(window=16), prompts_of(5)[0]
-    found = Decoder(model, compile=False).generate([prompt], 200, eos_token_id=-1)[0]
+    found = Decoder(model, compile).generate([prompt], 200, eos_token_id=-1)[0]
     logits = logits_of(model, torch.tensor([prompt + found]))
     assert found == logits[0, 4:-1].argmax(-1).tolist()
 
@@ -109,15 +164,31 @@ def test_nothing_to_go_on_from_is_one_sentence():
             decoder.generate(prompts, 3)
 
 
+def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("DOGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    cpu_step._library.cache_clear()
+    model = tiny_model()
+    layers = [LayerWeights.of(layer) for layer in model.model.layers]
+    assert not CpuStep.supports(model, layers)
+    cpu_step._library.cache_clear()
+    assert "false says" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_compiler_the_same_is_computed_and_it_is_said_once(monkeypatch, caplog):
     model, prompts = tiny_model(), prompts_of(4)
     expected = Decoder(model, compile=False).generate(prompts, 5)
+    cpu_step._library.cache_clear()
+    monkeypatch.setattr(cpu_step.shutil, "which", lambda name: None)
     compilation.can_compile.cache_clear()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     torch._dynamo.reset()
-    with fresh_cache(), caplog.at_level(logging.WARNING, "doge.compilation"):
+    with fresh_cache(), caplog.at_level(logging.WARNING, "doge"):
         assert Decoder(model).generate(prompts, 5) == expected
         assert Decoder(model).generate(prompts, 5) == expected
     compilation.can_compile.cache_clear()
+    cpu_step._library.cache_clear()
     torch._dynamo.reset()
-    assert len([record for record in caplog.records if "torch.compile" in record.message]) == 1
+    assert sum("torch.compile" in record.message for record in caplog.records) == 1
+    assert sum("fast decoding step" in record.message for record in caplog.records) == 1

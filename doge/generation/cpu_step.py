@@ -1,0 +1,151 @@
+"""The decoding step of a dense model on a CPU: a library of `cpu_step.cpp`, compiled once for this machine.
+
+PyTorch's products of one row reach a third of the memory's bandwidth where the matrices are small, and between them a
+small model waits for the calls; one parallel region that does all of a step reads its weights nearly as fast as the
+memory gives them.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from doge.attention.cache import Slots
+from doge.attention.window import KeyWindow
+from doge.generation.int8 import Int8
+from doge.generation.weights import LayerWeights
+from doge.modeling import DogeForCausalLM
+from doge.storage import default_cache
+
+_SOURCE = Path(__file__).with_name("cpu_step.cpp")
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t", torch.int8: "int8_t"}
+
+_log = logging.getLogger(__name__)
+
+
+class _Matrix(Structure):
+    _fields_ = (("data", c_void_p), ("scale", c_void_p))
+
+
+class _Layer(Structure):
+    _matrices = ("qkv", "o", "gate_up", "down")
+    _vectors = ("input_norm", "q_norm", "k_norm", "A", "dt", "input_residual", "post_norm", "post_residual")
+    _slots = ("keys", "values", "biases", "orders")
+    _fields_ = (*((name, _Matrix) for name in _matrices), *((name, c_void_p) for name in (*_vectors, *_slots)))
+
+
+class _Model(Structure):
+    _sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "sinks", "local")
+    _fields_ = (
+        *((name, c_int64) for name in _sizes),
+        ("eps", c_float), ("rotary_scaling", c_float),
+        ("inverse_frequencies", c_void_p), ("norm", c_void_p),
+        ("embedding", _Matrix), ("head", _Matrix), ("layer", POINTER(_Layer)),
+    )  # fmt: skip
+
+
+class CpuStep:
+    """See `TorchStep`, whose results are these; the logits are float32."""
+
+    def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):
+        config, rotary = model.config, model.model.rotary_emb
+        self._library = _library(*_types(model, layers))
+        self._kept: list[torch.Tensor] = []  # what the structures point to
+        self._layers = (_Layer * len(layers))()
+        for own, found in zip(self._layers, layers, strict=True):
+            for name in _Layer._matrices:
+                setattr(own, name, self._matrix(getattr(found, name)))
+            for name in _Layer._vectors:
+                setattr(own, name, self._vector(getattr(found, name)))
+        window = KeyWindow.of(config)
+        first = layers[0]
+        self._model = _Model(
+            layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, head_dim=len(first.q_norm), intermediate=config.intermediate_size,
+            vocab=config.vocab_size, sinks=window.num_sinks, local=window.num_local, eps=config.rms_norm_eps,
+            rotary_scaling=rotary.attention_scaling, inverse_frequencies=self._vector(rotary.inv_freq),
+            norm=self._vector(model.model.norm.weight), embedding=self._matrix(embedding), head=self._matrix(head),
+            layer=self._layers,
+        )  # fmt: skip
+
+    @staticmethod
+    def supports(model: DogeForCausalLM, layers: list[LayerWeights]) -> bool:
+        """Whether it takes such a model, and this machine can compile it; says once why not."""
+        if model.device.type != "cpu" or layers[0].experts is not None or model.dtype not in _TYPES:
+            return False
+        return model.model.rotary_emb.rope_type == "default" and _library(*_types(model, layers)) is not None
+
+    def __call__(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        for own, states in zip(self._layers, slots, strict=True):
+            for name, tensor in zip(_Layer._slots, states, strict=True):
+                assert tensor.is_contiguous()
+                setattr(own, name, tensor.data_ptr())
+        logits = torch.empty(len(tokens), self._model.vocab)
+        self._library.doge_step(
+            ctypes.byref(self._model), len(tokens), slots[0].keys.shape[2], torch.get_num_threads(),
+            tokens.data_ptr(), lengths.data_ptr(), logits.data_ptr(),
+        )  # fmt: skip
+        return logits.argmax(-1) if greedy else None, logits
+
+    def _matrix(self, weight: torch.Tensor | Int8) -> _Matrix:
+        if isinstance(weight, Int8):
+            return _Matrix(self._keep(weight.data), self._keep(weight.scale))
+        return _Matrix(self._keep(weight.detach()), None)
+
+    def _vector(self, states: torch.Tensor) -> int:
+        return self._keep(states.detach().float())
+
+    def _keep(self, states: torch.Tensor) -> int:
+        self._kept.append(states.contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def _types(model: DogeForCausalLM, layers: list[LayerWeights]) -> tuple[torch.dtype, torch.dtype]:
+    """Of the matrices and of the slots."""
+    weight = layers[0].qkv
+    return weight.data.dtype if isinstance(weight, Int8) else weight.dtype, model.dtype
+
+
+@functools.cache
+def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled library, from the cache if it was made before; None where it cannot be made, which is said."""
+    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))), None)
+    try:
+        if compiler is None:
+            raise OSError("there is no C++ compiler: install g++")
+        library = ctypes.CDLL(
+            str(_compiled(compiler, [*_FLAGS, f"-DWEIGHT={_TYPES[weight]}", f"-DSLOT={_TYPES[slot]}"]))
+        )
+    except OSError as error:
+        _log.warning("The fast decoding step cannot be compiled (%s): PyTorch computes the same more slowly.", error)
+        return None
+    library.doge_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+    library.doge_step.restype = None
+    return library
+
+
+def _compiled(compiler: str, flags: list[str]) -> Path:
+    """The library's file, made unless this source, compiler and processor have made it. Raises OSError."""
+    machine = subprocess.run([compiler, *flags, "-Q", "--help=target"], capture_output=True).stdout
+    parts = [_SOURCE.read_bytes(), compiler.encode(), *map(str.encode, flags), machine]
+    path = Path(default_cache(), f"decoding-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so")
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            done = subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                raise OSError(f"{compiler} says: {' '.join(done.stderr.split())[:200]}")
+            made.replace(path)
+    return path
