@@ -13,6 +13,9 @@
 #include <omp.h>
 #include <thread>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 struct Matrix {
     const void* data;
@@ -76,25 +79,61 @@ private:
     std::atomic<int> arrived_{0}, round_{0};
 };
 
-// The products of `ROWS` consecutive rows of a matrix with `COLUMNS` vectors.
-template <int ROWS, int COLUMNS, class W>
-inline void dots(const W* matrix, const float* vectors, int64_t size, float (&sums)[ROWS][COLUMNS]) {
-    constexpr int WIDTH = 8;
-    float parts[ROWS][COLUMNS][WIDTH] = {};
+// Eight floats, which any processor's vectors hold in one, two or four.
+typedef float Vector __attribute__((vector_size(32)));
+
+inline Vector load(const float* from) {
+    Vector result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+}
+#ifdef __AVX2__
+inline Vector load(const bfloat16* from) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return reinterpret_cast<Vector>(_mm256_slli_epi32(wide, 16));
+}
+inline Vector load(const int8_t* from) {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)));
+}
+#else
+template <class W>
+inline Vector load(const W* from) {
+    Vector result;
+    for (int lane = 0; lane < 8; ++lane) result[lane] = widen(from[lane]);
+    return result;
+}
+#endif
+inline float sum_of(Vector v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+// The product of two vectors. One row of a matrix after another is what the memory is read fastest by: several at a
+// time took a third longer. The four sums let the additions overlap.
+template <class W>
+inline float dot(const W* row, const float* vector, int64_t size) {
+    Vector sums[4] = {};
     int64_t k = 0;
-    for (; k + WIDTH <= size; k += WIDTH)
-        for (int row = 0; row < ROWS; ++row)
-            for (int column = 0; column < COLUMNS; ++column)
-#pragma GCC unroll 8
-                for (int lane = 0; lane < WIDTH; ++lane)
-                    parts[row][column][lane] += widen(matrix[row * size + k + lane]) * vectors[column * size + k + lane];
-    for (int row = 0; row < ROWS; ++row)
-        for (int column = 0; column < COLUMNS; ++column) {
-            float sum = 0;
-            for (int lane = 0; lane < WIDTH; ++lane) sum += parts[row][column][lane];
+    for (; k + 32 <= size; k += 32)
+        for (int part = 0; part < 4; ++part) sums[part] += load(row + k + 8 * part) * load(vector + k + 8 * part);
+    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; k < size; ++k) sum += widen(row[k]) * vector[k];
+    return sum;
+}
+
+// The products of two consecutive rows of a matrix with four vectors, where computing takes longer than reading.
+template <class W>
+inline void dots(const W* matrix, const float* vectors, int64_t size, float (&sums)[2][4]) {
+    Vector parts[2][4] = {};
+    int64_t k = 0;
+    for (; k + 8 <= size; k += 8)
+        for (int row = 0; row < 2; ++row) {
+            const Vector weights = load(matrix + row * size + k);
+            for (int column = 0; column < 4; ++column) parts[row][column] += weights * load(vectors + column * size + k);
+        }
+    for (int row = 0; row < 2; ++row)
+        for (int column = 0; column < 4; ++column) {
+            sums[row][column] = sum_of(parts[row][column]);
             for (int64_t rest = k; rest < size; ++rest)
-                sum += widen(matrix[row * size + rest]) * vectors[column * size + rest];
-            sums[row][column] = sum;
+                sums[row][column] += widen(matrix[row * size + rest]) * vectors[column * size + rest];
         }
 }
 
@@ -102,23 +141,23 @@ inline void dots(const W* matrix, const float* vectors, int64_t size, float (&su
 template <class W, class Take>
 void multiply(Matrix matrix, int64_t first, int64_t last, int64_t size, const float* vectors, int64_t columns, Take take) {
     const W* data = static_cast<const W*>(matrix.data);
-    auto block = [&](auto rows, auto width, int64_t row, int64_t column) {
-        float sums[rows.value][width.value];
-        dots<rows.value, width.value>(data + row * size, vectors + column * size, size, sums);
-        for (int r = 0; r < rows.value; ++r)
-            for (int c = 0; c < width.value; ++c)
-                take(row + r, column + c, matrix.scale ? sums[r][c] * matrix.scale[row + r] : sums[r][c]);
-    };
-    auto columns_of = [&](auto rows, int64_t row) {
-        int64_t column = 0;
-        for (; column + 4 <= columns; column += 4) block(rows, std::integral_constant<int, 4>{}, row, column);
-        for (; column < columns; ++column) block(rows, std::integral_constant<int, 1>{}, row, column);
-    };
+    auto scaled = [&](int64_t row, float sum) { return matrix.scale ? sum * matrix.scale[row] : sum; };
     int64_t row = first;
-    if (columns < 4)
-        for (; row + 4 <= last; row += 4) columns_of(std::integral_constant<int, 4>{}, row);
-    for (; row + 2 <= last; row += 2) columns_of(std::integral_constant<int, 2>{}, row);
-    for (; row < last; ++row) columns_of(std::integral_constant<int, 1>{}, row);
+    for (; columns >= 4 && row + 2 <= last; row += 2) {
+        int64_t column = 0;
+        for (; column + 4 <= columns; column += 4) {
+            float sums[2][4];
+            dots(data + row * size, vectors + column * size, size, sums);
+            for (int r = 0; r < 2; ++r)
+                for (int c = 0; c < 4; ++c) take(row + r, column + c, scaled(row + r, sums[r][c]));
+        }
+        for (; column < columns; ++column)
+            for (int r = 0; r < 2; ++r)
+                take(row + r, column, scaled(row + r, dot(data + (row + r) * size, vectors + column * size, size)));
+    }
+    for (; row < last; ++row)
+        for (int64_t column = 0; column < columns; ++column)
+            take(row, column, scaled(row, dot(data + row * size, vectors + column * size, size)));
 }
 
 void normalize(const float* states, const float* weight, float* result, int64_t size, float eps) {
@@ -145,7 +184,7 @@ public:
     Step(const Model& model, int64_t rows, int64_t slots, int threads, const int64_t* lengths, const int64_t* tokens)
         : m(model), rows(rows), slots(slots), threads(threads), lengths(lengths), barrier(threads),
           width((m.heads + 2 * m.kv_heads) * m.head_dim), parts(rows * m.kv_heads >= 2 * threads ? 1 : threads),
-          states(rows * m.hidden), joined(rows * width), mixed(rows * m.heads * m.head_dim),
+          states(rows * m.hidden), joined(rows * width),
           inner(rows * m.intermediate), partial(rows * m.heads * parts * (m.head_dim + 2)),
           cosines(rows * m.head_dim / 2), sines(rows * m.head_dim / 2) {
         const W* table = static_cast<const W*>(m.embedding.data);
@@ -163,7 +202,7 @@ public:
 
     void run(int thread, float* logits) {
         std::vector<float> normal(rows * std::max(m.hidden, m.head_dim));
-        std::vector<float> scores(slots);
+        std::vector<float> scores(slots), mixed(rows * m.heads * m.head_dim);
         for (int64_t number = 0; number < m.layers; ++number) {
             const Layer& layer = m.layer[number];
             normalize_all(layer.input_norm, normal);
@@ -177,8 +216,7 @@ public:
             for (int64_t piece = thread; piece < rows * m.kv_heads * parts; piece += threads)
                 attend(layer, piece / parts / m.kv_heads, piece / parts % m.kv_heads, piece % parts, scores);
             barrier.wait();
-            for (int64_t pair = thread; pair < rows * m.heads; pair += threads) combine(pair);
-            barrier.wait();
+            for (int64_t pair = 0; pair < rows * m.heads; ++pair) combine(pair, &mixed[pair * m.head_dim]);
             each_row(thread, m.hidden, [&](int64_t first, int64_t last) {
                 multiply<W>(layer.o, first, last, m.heads * m.head_dim, mixed.data(), rows,
                             [&](int64_t n, int64_t row, float value) { add(layer.input_residual, n, row, value); });
@@ -283,9 +321,7 @@ private:
                     scores[j] = -INFINITE;
                     continue;
                 }
-                float sum[1][1];
-                dots<1, 1>(keys + j * m.head_dim, states_of, m.head_dim, sum);
-                scores[j] = sum[0][0] * scale + biases[j];
+                scores[j] = dot(keys + j * m.head_dim, states_of, m.head_dim) * scale + biases[j];
                 largest = std::max(largest, scores[j]);
             }
             result[0] = largest;
@@ -298,11 +334,9 @@ private:
         }
     }
 
-    // The parts of one row's head together.
-    void combine(int64_t pair) {
-        const int64_t row = pair / m.heads, head = pair % m.heads;
+    // The parts of one row's head together; every thread for itself.
+    void combine(int64_t pair, float* result) {
         const float* found = &partial[pair * parts * (m.head_dim + 2)];
-        float* result = &mixed[(row * m.heads + head) * m.head_dim];
         float largest = -INFINITE, sum = 0;
         for (int64_t part = 0; part < parts; ++part) largest = std::max(largest, found[part * (m.head_dim + 2)]);
         std::fill(result, result + m.head_dim, 0.f);
@@ -322,7 +356,7 @@ private:
     const int64_t* lengths;
     Barrier barrier;
     const int64_t width, parts;
-    std::vector<float> states, joined, mixed, inner, partial, cosines, sines;
+    std::vector<float> states, joined, inner, partial, cosines, sines;
 };
 
 }  // namespace
