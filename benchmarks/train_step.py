@@ -82,8 +82,21 @@ def measure_memory(side: str, args: argparse.Namespace) -> int:
     return resident_bytes("VmHWM") - before
 
 
+def matmul_flops(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of this machine's best plain product."""
+    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(seconds)
+
+
 def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
     """Ratios of speed and memory of one preset, after a table of both sides."""
+    from doge.configuration import ModelRecipe, flops_per_token
+
     sides = ("ours", "transformers")
     growth = {}
     for side in sides:
@@ -106,9 +119,14 @@ def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
 
     speed = {side: args.sequence_length / statistics.median(seconds[side]) for side in sides}
     print(f"{preset}, 1 x {args.sequence_length}, {args.dtype}, CPU, {torch.get_num_threads()} threads")
-    print(f"{'':14}{'tokens/s':>10}{'peak growth, MB':>18}")
+    possible = matmul_flops(getattr(torch, args.dtype)) / flops_per_token(
+        ModelRecipe(preset).build(), min(args.document_length, args.sequence_length)
+    )
+    print(f"{'':14}{'tokens/s':>10}{'of possible':>14}{'peak growth, MB':>18}")
     for side in sides:
-        print(f"{side:14}{speed[side]:>10.0f}{growth[side] / 1e6:>18.0f}", flush=True)
+        share = speed[side] / possible
+        print(f"{side:14}{speed[side]:>10.0f}{share:>14.0%}{growth[side] / 1e6:>18.0f}", flush=True)
+    print(f"{'possible':14}{possible:>10.0f}{'':14}  by the best plain product of this machine")
     size = preset.rpartition("-")[2].lower()
     return {
         f"ratio_{size}": round(speed["ours"] / speed["transformers"], 3),
