@@ -3,6 +3,7 @@
     python benchmarks/decode.py                  # one row: 128 tokens after 64
     python benchmarks/decode.py --what batch     # 32 rows of unequal prompts
     python benchmarks/decode.py --what long      # on to 64k tokens with a window of 2048
+    python benchmarks/decode.py --what int8 --model ~/doge/runs/tiny/model   # what int8 costs a trained model
 
 Greedy, no end token. Both sides take turns on the same prompts and the medians are compared: on a shared machine trust
 the ratios rather than the speeds. The least that a token costs is to read every weight once; `bandwidth_share` is how
@@ -21,6 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+HEADER = (
+    f"{'tokens/s':22}{'ours':>10}{'transformers':>14}{'ratio':>8}{'equal tokens':>14}{'of bandwidth':>14}{'int8':>12}"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -79,16 +83,19 @@ def timed(act) -> tuple[float, list[list[int]]]:
 
 
 def compare(preset: str, precision: str, lengths: list[int], new_tokens: int, rounds: int) -> dict[str, float]:
-    """Medians of tokens per second of both sides, and the decoder's without reading the prompt."""
+    """Medians of tokens per second of both sides, and of ours with int8 matrices."""
     from doge.generation import Decoder
 
     ours, theirs = build(preset, DTYPES[precision])
     prompts, decoder = prompts_of(lengths), Decoder(ours)
+    small = Decoder(ours, int8=True)
     sides = {
         "ours": lambda: decoder.generate(prompts, new_tokens, eos_token_id=-1),
+        "int8": lambda: small.generate(prompts, new_tokens, eos_token_id=-1),
         "transformers": lambda: generate_stock(theirs, prompts, new_tokens),
     }
     decoder.generate(prompts, 3, eos_token_id=-1)
+    small.generate(prompts, 3, eos_token_id=-1)
     generate_stock(theirs, prompts, 3)
     seconds, found = {side: [] for side in sides}, {}
     for _ in range(rounds):
@@ -111,16 +118,17 @@ def compare(preset: str, precision: str, lengths: list[int], new_tokens: int, ro
 
 
 def show(label: str, row: dict[str, float], bandwidth: float | None = None) -> None:
-    share = f"{row['ours'] * row['bytes'] / bandwidth:12.0%}" if bandwidth else ""
+    share = f"{row['ours'] * row['bytes'] / bandwidth:.0%}" if bandwidth else ""
     print(
-        f"{label:22}{row['ours']:10,.1f}{row['transformers']:14,.1f}{row['ratio']:8.2f}{row['equal']:14.1%}{share}",
+        f"{label:22}{row['ours']:10,.1f}{row['transformers']:14,.1f}{row['ratio']:8.2f}{row['equal']:14.1%}{share:>14}"
+        f"{row['int8']:12,.1f}",
         flush=True,
     )
 
 
 def measure_single(args: argparse.Namespace) -> dict[str, float]:
     result, bandwidths = {}, [read_bandwidth()]
-    print(f"{'tokens/s':22}{'ours':>10}{'transformers':>14}{'ratio':>8}{'equal tokens':>14}{'of bandwidth':>12}")
+    print(HEADER)
     for preset in args.presets:
         for precision in DTYPES:
             row = compare(preset, precision, [64], 128, args.rounds)
@@ -135,9 +143,41 @@ def measure_single(args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
+def measure_int8(args: argparse.Namespace) -> dict[str, float]:
+    """Loss of a trained model on text of the Python installation, with its matrices as they are and as int8."""
+    import pydoc_data.topics
+
+    from transformers import AutoTokenizer
+
+    from doge.conversion import load_model
+    from doge.generation.int8 import Int8
+
+    if args.model is None:
+        raise SystemExit("Name a trained model and its tokenizer: --model ~/doge/runs/tiny/model.")
+    path = Path(args.model).expanduser()
+    model, tokenizer = load_model(path).float(), AutoTokenizer.from_pretrained(path)
+    text = "\n".join(pydoc_data.topics.topics.values())[:400_000]
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    tokens = tokens[: len(tokens) // 512 * 512].view(-1, 512)[:64]
+
+    @torch.no_grad()
+    def loss() -> float:
+        return model(tokens, labels=tokens).loss.item()
+
+    exact = loss()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                rounded = Int8.of(parameter)
+                parameter.copy_(rounded.data * rounded.scale[:, None])
+    rounded = loss()
+    print(f"{tokens.numel():,} tokens of {path}: {exact:.4f} nats a token, with int8 matrices {rounded:.4f}")
+    return {"loss": round(exact, 5), "loss_int8": round(rounded, 5)}
+
+
 def measure_batch(args: argparse.Namespace) -> dict[str, float]:
     lengths = [16 + 7 * number % 113 for number in range(32)]
-    print(f"{'tokens/s':22}{'ours':>10}{'transformers':>14}{'ratio':>8}{'equal tokens':>14}")
+    print(HEADER)
     row = compare("Doge-20M", args.precision, lengths, 64, args.rounds)
     show(f"32 rows, {args.precision}", row)
     return {"ratio_batch": round(row["ratio"], 2)}
@@ -174,7 +214,8 @@ def measure_long(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["single", "batch", "long"], default="single")
+    parser.add_argument("--what", choices=["single", "batch", "long", "int8"], default="single")
+    parser.add_argument("--model", help="folder of a trained model, of int8")
     parser.add_argument("--presets", nargs="+", default=["Doge-20M", "Doge-160M"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of each side (default: %(default)s)")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of batch and long (default: %(default)s)")
@@ -183,7 +224,8 @@ def main() -> None:
         "--check", type=int, default=16384, help="of them against a full forward (default: %(default)s)"
     )
     args = parser.parse_args()
-    print(json.dumps({"single": measure_single, "batch": measure_batch, "long": measure_long}[args.what](args)))
+    measures = {"single": measure_single, "batch": measure_batch, "long": measure_long, "int8": measure_int8}
+    print(json.dumps(measures[args.what](args)))
 
 
 if __name__ == "__main__":
