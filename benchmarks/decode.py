@@ -22,9 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-HEADER = (
-    f"{'tokens/s':22}{'ours':>10}{'transformers':>14}{'ratio':>8}{'equal tokens':>14}{'of bandwidth':>14}{'int8':>12}"
-)
+COLUMNS = {"ours": 10, "transformers": 14, "ratio": 8, "equal tokens": 14, "of bandwidth": 14, "int8": 12}
+HEADER = f"{'tokens/s':22}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -72,6 +72,10 @@ class ModelRecipe:
     num_key_value_heads: int | None = None
     max_position_embeddings: int | None = None
     keep_window_size: int | None = None
+    num_sink_keys: int | None = None
+    """Of the window, places for the first keys of a document, whatever their bias; beyond transformers' model."""
+    num_local_keys: int | None = None
+    """Of the window, places for the last keys, the query's own included."""
     num_experts: int | None = None
     num_expert_heads: int | None = None
     num_experts_per_tok: int | None = None
@@ -159,6 +163,12 @@ def check_config(config: DogeConfig) -> None:
             f"hidden_size {hidden_size} over num_attention_heads {heads} gives an odd head_dim of {head_dim(config)}, "
             "which rotary embeddings cannot split in two."
         )
+    forced = getattr(config, "num_sink_keys", 0) + getattr(config, "num_local_keys", 0)
+    if forced >= config.keep_window_size:
+        raise UserError(
+            f"num_sink_keys and num_local_keys, {forced} together, leave no key of the keep_window_size "
+            f"{config.keep_window_size} to choose."
+        )
     if config.sliding_window is not None:
         raise UserError(f"sliding_window must be None, not {config.sliding_window}: use keep_window_size.")
     if not isinstance(config, DogeMoeConfig):
@@ -181,7 +191,9 @@ def check_config(config: DogeConfig) -> None:
 
 
 # They change what a model starts from, or which sequences it takes, and not what it computes within its window.
-_FREE_IN_CONTINUATION = {"preset", "initializer_range", "max_position_embeddings", "keep_window_size"}
+_FREE_IN_CONTINUATION = {
+    "preset", "initializer_range", "max_position_embeddings", "keep_window_size", "num_sink_keys", "num_local_keys",
+}  # fmt: skip
 
 
 def check_same_function(recipe: ModelRecipe, trained: ModelRecipe) -> None:

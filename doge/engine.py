@@ -103,8 +103,8 @@ class Engine:
             config=_config(recipe, self.dtype, optimizer, sum(p.numel() for p in model.parameters())),
         )
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
-        if compiles and recipe.zero_stage < 3:  # whose gathers within the layers would cut every graph to pieces
-            compile_layers(self.module)
+        # ZeRO 3 gathers within the layers, which would cut every graph to pieces.
+        self.compiled = compiles and recipe.zero_stage < 3 and compile_layers(self.module)
         self._clock: StepClock | None = None  # of what is under way or was last
         self._abandoned = False
         self._peak_lr = optimizer.lr

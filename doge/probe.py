@@ -144,6 +144,7 @@ def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[st
         "model": _digest(config.to_dict()),  # the version of transformers included
         "sequence_length": sequence_length,
         "precision": str(engine.dtype).removeprefix("torch."),
+        "compiled": engine.compiled,
         "zero_stage": engine.zero_stage,
         "world_size": engine.world_size if engine.zero_stage else 1,  # states are partitioned over it
         "gradient_checkpointing": bool(engine.module.is_gradient_checkpointing),

@@ -78,6 +78,7 @@ def test_a_recipe_changes_only_what_it_names():
         (ModelRecipe("Doge-60M", num_key_value_heads=3), "num_key_value_heads 3"),
         (ModelRecipe("Doge-20M", hidden_size=254), "odd head_dim of 127"),
         (ModelRecipe("Doge-20M", num_experts=64), "MoE preset"),
+        (ModelRecipe("Doge-20M", keep_window_size=5, num_sink_keys=2, num_local_keys=3), "keep_window_size 5"),
         (ModelRecipe("Doge-20M", num_hidden_layers=0), "num_hidden_layers"),
         (ModelRecipe("Doge-MoE-20M", num_experts=509), "509"),
         (ModelRecipe("Doge-MoE-20M", num_experts=4, num_experts_per_tok=5), "num_experts_per_tok 5"),

@@ -1,0 +1,48 @@
+"""torch.compile of the layers changes no figure of a training step, with packed documents and uneven micro-batches."""
+
+import os
+
+import pytest
+import torch
+
+from doge.configuration import ModelRecipe
+from doge.engine import Engine, EngineRecipe
+from doge.modeling import build_model
+from doge.optimizer import OptimizerRecipe
+
+LENGTH, VOCABULARY = 48, 64
+MODEL = ModelRecipe(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=LENGTH, keep_window_size=20,
+)  # fmt: skip
+
+
+@pytest.fixture
+def group():
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def batch_of(step: int) -> dict[str, torch.Tensor]:
+    """Five rows, each packed of two documents."""
+    tokens = torch.randint(0, VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(step))
+    positions = torch.arange(LENGTH).expand(5, -1) % 30
+    return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
+
+
+def test_a_compiled_engine_makes_the_same_steps(group):
+    results = []
+    for compile in ("off", "on"):
+        torch.manual_seed(0)
+        recipe = EngineRecipe(1, "fp32", compile)
+        engine = Engine(build_model(MODEL.build()), OptimizerRecipe(lr=5e-3), recipe, torch.device("cpu"))
+        assert engine.compiled == (compile == "on")
+        results.append([engine.step(batch_of(step), [3, 2], 1.0) for step in range(2)])
+        names = list(engine.state().parameters)
+        engine.close()
+    assert not [name for name in names if "_orig_mod" in name]
+    for plain, compiled in zip(*results, strict=True):
+        assert compiled.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert compiled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
