@@ -138,13 +138,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = ["Doge-20M", "Doge-60M"]
     parser.add_argument("--presets", nargs="+", default=presets, help="dense ones (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
+    dtypes = ["auto", "bfloat16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 if the CPU computes it itself")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--document-length", type=int, default=500, help="tokens, about (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--memory-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     if args.memory_of:
         print(measure_memory(args.memory_of, args))
         return
