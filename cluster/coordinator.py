@@ -124,7 +124,7 @@ class Coordinator:
         if isinstance(formed, str):
             self._pool.say(f"The workers could not meet: {formed}")
             over = await self._note_failure(formed)
-            await asyncio.sleep(0 if over else min(WATCH_SECONDS * 2**self._failures, PAUSE_SECONDS))
+            await asyncio.sleep(0 if over else min(WATCH_SECONDS * 2 ** min(self._failures, 9), PAUSE_SECONDS))
             return over
         membership, hosts, given, step = formed
         lost_for, self._lost_at = began - self._lost_at if self._lost_at is not None else None, None

@@ -24,6 +24,7 @@ ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a
 FLUSH_SECONDS = 120.0  # for the checkpoint of a host that is no longer needed
 RETRY_SECONDS = 600.0  # until a spare is tried again where several could not start
 KILL_SECONDS = 6.0  # from a loss until those who cannot be woken from waiting for the lost one are replaced
+BUILD_SECONDS = 20.0  # the same of those who build an engine, which may be computing or waiting
 
 Vacancy = tuple[str, bool]
 """A node, and whether a spare is wanted there: where memory is short, the hosts of seats may start and spares not."""
@@ -78,6 +79,8 @@ class HostRecord:
         step = 3 * self.status.get("step_seconds", 0.0)
         if self.status.get("waiting", True):
             return KILL_SECONDS
+        if self.status["phase"] == "engine":
+            return BUILD_SECONDS
         if self.gpus and self.status["phase"] == "step":
             return max(KILL_SECONDS, step)
         return max(hang_timeout_s, step)

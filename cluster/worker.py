@@ -73,7 +73,7 @@ class Worker:
         self.phase: tuple[str, int, float] = ("idle", 0, time.monotonic())
         self.step_seconds = 0.0
         self.membership_number = 0
-        self.traced = False  # steps of this host's first membership were, or were not wanted
+        self.traced = False  # there is a trace of steps
         self._membership: MembershipLoop | None = None
         asked = time.monotonic()
         now = ray.get(self.board.now.remote())
@@ -287,12 +287,13 @@ class MembershipLoop:
             worker.enter("closing", self.engine.step_count)  # a collective that broke is no step without progress
             self._read_ahead.close()
             trace.close()
+            worker.traced = worker.traced or trace.written
         return Outcome("finished", self.engine.step_count, seconds=self.seconds)
 
     def _trace(self) -> StepTrace:
-        """Of the first worker, once."""
-        worker, steps = self.worker, self.recipe.tracking.profile_steps
-        steps, worker.traced = steps if self.rank == 0 and not worker.traced else 0, True
+        """Of the first worker's steps, until one was written."""
+        worker = self.worker
+        steps = self.recipe.tracking.profile_steps if self.rank == 0 and not worker.traced else 0
         folder = worker.config.storage / f"runs/{self.recipe.name}/traces"
         return StepTrace(self.engine.step_count, steps, folder, worker.say)
 

@@ -105,7 +105,7 @@ class Engine:
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
         # ZeRO 3 gathers within the layers, which would cut every graph to pieces.
         self.compiled = compiles and recipe.zero_stage < 3 and compile_layers(self.module)
-        self._clock: StepClock | None = None  # of what is under way or was last
+        self._clock = StepClock(device)  # of what is under way or was last
         self._abandoned = False
         self._peak_lr = optimizer.lr
         self._grad_norm = torch.nan
@@ -124,7 +124,7 @@ class Engine:
     @property
     def waiting(self) -> bool:
         """Whether what is under way waits for other ranks; may be asked from any thread."""
-        return self._clock is not None and self._clock.current == "wait"
+        return self._clock.current == "wait"
 
     def close(self) -> None:
         """Free the memory of the engine, which is of no use after; within its group or when that is left.
@@ -191,8 +191,7 @@ class Engine:
         clock = self._clock = StepClock(self.device)
         # ZeRO 3 waits on other streams than the one that computes, where events would mean nothing.
         with nullcontext() if self._gathers_aside else clock.watch_collectives():
-            with clock.span("wait"):
-                told = self.tell_all([_loss_tokens(batch["labels"]), *tell])
+            told = self.tell_all([_loss_tokens(batch["labels"]), *tell])
             loss_tokens = int(sum(row[0] for row in told))
             if loss_tokens == 0:
                 raise UserError("A global batch holds no token to learn from: check the sources' documents.")
@@ -349,7 +348,8 @@ class Engine:
         """Every rank's numbers by rank; exact, for each is only added to zeros."""
         table = torch.zeros(self.world_size, len(numbers), dtype=torch.float64)
         table[self.rank] = torch.tensor(numbers, dtype=torch.float64)
-        return self._sum(table).tolist()
+        with self._clock.span("wait"):
+            return self._sum(table).tolist()
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of an fp64 tensor over ranks, back on the CPU."""

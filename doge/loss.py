@@ -42,11 +42,16 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: (tokens, hidden_size).
-        weight: (vocab_size, hidden_size), of the same dtype.
+        weight: (vocab_size, hidden_size), of the same dtype; under autocast both become its dtype.
         targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
         chunk: tokens whose logits (chunk, vocab_size) exist at one time; by default TOKEN_CHUNK.
     """
-    return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk or TOKEN_CHUNK, torch.is_grad_enabled())
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk or TOKEN_CHUNK, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -229,11 +229,9 @@ class Storage:
             _remove(folder)
 
     def _make_cache(self) -> None:
+        if self._cache == default_cache():
+            private_cache()
         os.makedirs(self._cache, mode=0o700, exist_ok=True)
-        if self._cache == default_cache() and os.lstat(self._cache).st_uid != os.getuid():
-            raise StorageError(
-                f"The cache directory {self._cache} belongs to another user: set DOGE_CACHE to one of your own."
-            )
 
     def _cached(self, name: str) -> str:
         """Where the copy of ``name`` lies: a hash for each level, so that a directory's copies share a directory."""
@@ -377,6 +375,15 @@ def _remove_abandoned(folder: str) -> None:
             _remove(folder)
         finally:
             os.close(lock)
+
+
+def private_cache() -> str:
+    """`default_cache`, made. Raises StorageError where another user has made it, who could put anything there."""
+    path = default_cache()
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    if os.lstat(path).st_uid != os.getuid():
+        raise StorageError(f"The cache directory {path} belongs to another user: set DOGE_CACHE to one of your own.")
+    return path
 
 
 def default_cache() -> str:

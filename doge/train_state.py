@@ -69,7 +69,7 @@ def fill_moments(engine: "DeepSpeedEngine", step: int) -> None:
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     for partition in _partitions(optimizer):
-        inner.state[partition] = {"step": torch.tensor(float(step))} | {
+        inner.state[partition] = {"step": torch.tensor(float(step), device=partition.device)} | {
             moment: torch.zeros_like(partition, dtype=torch.float32) for moment in MOMENTS
         }
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):

@@ -47,8 +47,10 @@ def _attend(
     heads, scale = query.shape[1], query.shape[-1] ** -0.5
     found = [_flash(*piece.inputs(*streams), scale=scale, **piece.options(heads)) for piece in pieces]
     wide = torch.cat([output.transpose(1, 2) for output, _ in found], dim=1)
-    output = wide[..., : query.shape[-1]].reshape(query.transpose(1, 2).shape)
-    return output.contiguous(), wide, torch.cat([sums for _, sums in found], dim=2)
+    output = wide[..., : query.shape[-1]].reshape(query.transpose(1, 2).shape).contiguous()
+    if output.data_ptr() == wide.data_ptr():  # one token of one head: no output may be a view of another
+        output = output.clone()
+    return output, wide, torch.cat([sums for _, sums in found], dim=2)
 
 
 @_attend.register_fake

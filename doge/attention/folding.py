@@ -10,7 +10,8 @@ def fold_bias(key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     The bias is held as the sum of two numbers of the key's dtype, so that bfloat16 keeps 16 bits of it, and times
     sqrt(head_dim), by which attention divides again.
     """
-    bias = (bias * key.shape[-1] ** 0.5).unsqueeze(-1)
+    largest = torch.finfo(key.dtype).max / 2  # below infinity with any product of query and key: float16 ends at 65,504
+    bias = (bias * key.shape[-1] ** 0.5).clamp(-largest, largest).unsqueeze(-1)
     high = bias.to(key.dtype)
     low = (bias - high).detach().to(key.dtype)  # all of the gradient goes through `high`
     padding = key.new_zeros(()).expand(*key.shape[:-1], num_extra_channels(key.shape[-1]) - 2)

@@ -38,6 +38,7 @@ def dynamic_mask_attention(
     Returns:
         (batch, seq, heads, head_dim), scaled by head_dim ** -0.5, as transformers' attention functions return it.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms in float32
     if isinstance(window, int):
         window = KeyWindow(window)
     order = order[:, None] if order is not None and document_ends is None else None  # for every key-value head

@@ -10,9 +10,11 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from doge.attention.window import KeyWindow
 from doge.generation.int8 import Int8
 from doge.generation.weights import LayerWeights
 from doge.modeling import DogeForCausalLM
-from doge.storage import default_cache
+from doge.storage import StorageError, private_cache
 
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -59,6 +61,7 @@ class CpuStep:
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):
         config, rotary = model.config, model.model.rotary_emb
         self._library = _library(*_types(model, layers))
+        self._lock = threading.Lock()  # a step's slots are written into the structures
         self._kept: list[torch.Tensor] = []  # what the structures point to
         self._layers = (_Layer * len(layers))()
         for own, found in zip(self._layers, layers, strict=True):
@@ -87,15 +90,16 @@ class CpuStep:
     def __call__(
         self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        for own, states in zip(self._layers, slots, strict=True):
-            for name, tensor in zip(_Layer._slots, states, strict=True):
-                assert tensor.is_contiguous()
-                setattr(own, name, tensor.data_ptr())
-        logits = torch.empty(len(tokens), self._model.vocab)
-        self._library.doge_step(
-            ctypes.byref(self._model), len(tokens), slots[0].keys.shape[2], torch.get_num_threads(),
-            tokens.data_ptr(), lengths.data_ptr(), logits.data_ptr(),
-        )  # fmt: skip
+        logits = torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
+        with self._lock:
+            for own, states in zip(self._layers, slots, strict=True):
+                for name, tensor in zip(_Layer._slots, states, strict=True):
+                    assert tensor.is_contiguous()
+                    setattr(own, name, tensor.data_ptr())
+            self._library.doge_step(
+                ctypes.byref(self._model), len(tokens), slots[0].keys.shape[2], torch.get_num_threads(),
+                tokens.data_ptr(), lengths.data_ptr(), logits.data_ptr(),
+            )  # fmt: skip
         return logits.argmax(-1) if greedy else None, logits
 
     def _matrix(self, weight: torch.Tensor | Int8) -> _Matrix:
@@ -127,7 +131,7 @@ def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
         library = ctypes.CDLL(
             str(_compiled(compiler, [*_FLAGS, f"-DWEIGHT={_TYPES[weight]}", f"-DSLOT={_TYPES[slot]}"]))
         )
-    except OSError as error:
+    except (OSError, StorageError) as error:
         _log.warning("The fast decoding step cannot be compiled (%s): PyTorch computes the same more slowly.", error)
         return None
     library.doge_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
@@ -137,11 +141,10 @@ def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
 
 def _compiled(compiler: str, flags: list[str]) -> Path:
     """The library's file, made unless this source, compiler and processor have made it. Raises OSError."""
-    machine = subprocess.run([compiler, *flags, "-Q", "--help=target"], capture_output=True).stdout
-    parts = [_SOURCE.read_bytes(), compiler.encode(), *map(str.encode, flags), machine]
-    path = Path(default_cache(), f"decoding-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so")
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    parts = [_SOURCE.read_bytes(), *map(str.encode, flags), version, _processor()]
+    path = Path(private_cache(), f"decoding-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so")
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
             done = subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
@@ -149,3 +152,12 @@ def _compiled(compiler: str, flags: list[str]) -> Path:
                 raise OSError(f"{compiler} says: {' '.join(done.stderr.split())[:200]}")
             made.replace(path)
     return path
+
+
+def _processor() -> bytes:
+    """What tells processors apart for which code differs: caches are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))

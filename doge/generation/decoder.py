@@ -17,7 +17,7 @@ SLOT_STEP = 64  # slots are made in multiples of it
 
 
 class Decoder:
-    """Generates with a model as it is now; a decoder of another state of it is made anew.
+    """Generates with a model as it is now; a decoder of another state of it is made anew. Threads may share one.
 
     Args:
         model: on its device, in the precision to decode in; it is not changed.
@@ -27,7 +27,7 @@ class Decoder:
     """
 
     def __init__(self, model: DogeForCausalLM, compile: bool = True, int8: bool = False):
-        self.model, self.config = model.eval(), model.config
+        self.model, self.config = model, model.config
         if self.config.attention_bias or self.config.mlp_bias or self.config.hidden_act != "silu":
             raise UserError(
                 "The fast decoder takes models without attention_bias and mlp_bias and with hidden_act 'silu', as all "
@@ -51,7 +51,7 @@ class Decoder:
         max_new_tokens: int,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         num_return_sequences: int = 1,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The tokens that follow each prompt, without the end token.
 
@@ -59,14 +59,16 @@ class Decoder:
 
         Args:
             num_return_sequences: continuations of each prompt, one after another in the result.
-            eos_token_id: ends a row; by default the model's. -1 for none.
+            eos_token_id: ends a row, or several that do; by default the model's. -1 for none.
         """
-        end = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        if eos_token_id is None:
+            eos_token_id = self.model.generation_config.eos_token_id
+        ends = set(eos_token_id) if isinstance(eos_token_id, list | tuple) else {eos_token_id}
         rows: list[list[int]] = [[] for _ in range(len(prompts) * num_return_sequences)]
         running = set(range(len(rows)))
         for tokens in self.stream(prompts, max_new_tokens, sampling, num_return_sequences):
             found = tokens.tolist()
-            running -= {row for row in running if found[row] == end}
+            running -= {row for row in running if found[row] in ends}
             for row in running:
                 rows[row].append(found[row])
             if not running:
@@ -84,6 +86,8 @@ class Decoder:
         """The next tokens of all rows, (rows,) int64, one step after another; as `generate`, but nothing ends a row."""
         if not prompts or not all(prompts):
             raise UserError("There is nothing to go on from: give prompts of at least one token each.")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         device = self.model.device
         generator = sampling.generator(device)
         logits, cache, lengths = self._read(prompts, max_new_tokens, num_return_sequences)
@@ -108,9 +112,11 @@ class Decoder:
         for prompt, place in places.items():
             ids[place, longest - len(prompt) :] = torch.tensor(prompt)
             mask[place, longest - len(prompt) :] = 1
-        output = self.model(
+        training = self.model.training
+        output = self.model.eval()(
             ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
+        self.model.train(training)
         rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
         cache.batch_select_indices(rows)
         return output.logits[rows, -1], cache, mask.sum(-1).to(device)[rows]

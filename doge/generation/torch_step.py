@@ -32,8 +32,8 @@ class TorchStep:
         self._chunks = [layers[start : start + LAYERS_TOGETHER] for start in range(0, len(layers), LAYERS_TOGETHER)]
         self._window, self._eps = KeyWindow.of(model.config), model.config.rms_norm_eps
         self._compiles = compile and can_compile(model.device.type)
-        functions = (_begin, _run_layers, _end)
-        self._functions = [torch.compile(each, fullgraph=True) for each in functions] if self._compiles else functions
+        functions = (_run_layers, _end)
+        self._functions = [torch.compile(each) for each in functions] if self._compiles else functions
 
     def __call__(
         self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool
@@ -48,10 +48,9 @@ class TorchStep:
         if self._compiles:
             for states in itertools.chain(*slots):
                 torch._dynamo.maybe_mark_dynamic(states, 2)
-        begin, run_layers, end = self._functions
-        states, cos, sin = begin(
-            tokens, lengths, self._embedding, self._model.rotary_emb, self._model.norm.weight.dtype
-        )
+        run_layers, end = self._functions
+        states = _embed(tokens, self._embedding, self._model.norm.weight.dtype)
+        cos, sin = self._model.rotary_emb(states, position_ids=lengths[:, None])
         fuses = self._compiles and len(tokens) == 1 and states.device.type == "cpu" and states.dtype == torch.float32
         for number, chunk in enumerate(self._chunks):
             own = slots[number * LAYERS_TOGETHER :][: len(chunk)]
@@ -70,12 +69,10 @@ def _linear(states: torch.Tensor, weight: torch.Tensor | Int8, fuses: bool) -> t
     return (weight * states).sum(-1)[None] if fuses else F.linear(states, weight)
 
 
-def _begin(tokens, lengths, embedding, rotary, dtype):
+def _embed(tokens, embedding, dtype):
     if isinstance(embedding, Int8):
-        states = F.embedding(tokens, embedding.data).to(dtype) * embedding.scale[tokens, None].to(dtype)
-    else:
-        states = F.embedding(tokens, embedding)
-    return states, *rotary(states, position_ids=lengths[:, None])
+        return F.embedding(tokens, embedding.data).to(dtype) * embedding.scale[tokens, None].to(dtype)
+    return F.embedding(tokens, embedding)
 
 
 def _run_layers(states, lengths, cos, sin, layers, slots, window, eps, fuses):

@@ -8,7 +8,7 @@ import torch
 from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_model, tokens
+from tiny_models import logits_of, tiny_model, tokens
 
 from doge.attention import KeyWindow, cpu, document_ends, dynamic_mask_attention, kept_keys, key_expiry, stock
 
@@ -102,6 +102,32 @@ WINDOWS = st.builds(
     st.integers(0, 4),
     st.integers(0, 4),
 )
+
+
+@pytest.mark.parametrize("documents", [None, [1]])
+def test_one_token_of_one_head_attends_to_itself(documents):
+    inputs = random_inputs(1, batch=1, heads=1, kv_heads=1)
+    output = on_the_cpu(*inputs, window=4, documents=documents)
+    torch.testing.assert_close(output[0, 0, 0], inputs[2][0, 0, 0])
+
+
+def test_float16_bears_padding():
+    model, row = tiny_model(dtype=torch.float16), tokens(1, 9)
+    padded = torch.cat([torch.full((1, 4), 2), row], dim=1)
+    mask = (torch.arange(13) >= 4).long()[None]
+    found = logits_of(model, padded, attention_mask=mask)[:, 4:]
+    torch.testing.assert_close(found, logits_of(model, row), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_computes_in_bfloat16(train):
+    model, input_ids = tiny_model(window=16).train(train), tokens(2, 40)
+    exact = model(input_ids, labels=input_ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    assert 0 < abs(loss - exact) < 0.02
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @settings(max_examples=300, deadline=None)

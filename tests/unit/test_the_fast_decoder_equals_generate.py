@@ -1,6 +1,7 @@
 """The lean decoder gives the tokens of `generate`, row for row, and what it adds is what it says."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_a_row_ends_at_the_end_token_and_the_others_go_on():
     assert found == [whole[0][: whole[0].index(end)], whole[1]]
 
 
+def test_several_end_tokens_may_be_given_or_be_the_models(monkeypatch):
+    model, prompts = tiny_model(), prompts_of(4)
+    decoder = Decoder(model, compile=False)
+    whole = decoder.generate(prompts, NEW, eos_token_id=-1)[0]
+    expected = [whole[: whole.index(whole[5])]]
+    assert decoder.generate(prompts, NEW, eos_token_id=[1, whole[5]]) == expected
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, whole[5]])
+    assert decoder.generate(prompts, NEW) == expected
+
+
+def test_threads_may_share_a_decoder():
+    decoder, prompts = Decoder(tiny_model(window=16)), prompts_of(3, 20, 11)
+    expected = [decoder.generate([prompt], 60, eos_token_id=-1) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda prompt: decoder.generate([prompt], 60, eos_token_id=-1), prompts)) == expected
+
+
+def test_another_default_dtype_is_no_matter():
+    decoder, prompts = Decoder(tiny_model()), prompts_of(3)
+    expected = decoder.generate(prompts, 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert decoder.generate(prompts, 5) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_equal_prompts_are_read_once(monkeypatch):
     model, (one, two) = tiny_model(), prompts_of(4, 9)
     rows = []
@@ -159,8 +188,10 @@ def test_impossible_sampling_is_one_sentence(settings, name):
         Sampling(do_sample=True, **settings)
 
 
-def test_nothing_to_go_on_from_is_one_sentence():
+def test_nothing_to_go_on_from_or_to_is_one_sentence():
     decoder = Decoder(tiny_model(), compile=False)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        decoder.generate([[3]], 0)
     for prompts in ([], [[3, 4], []]):
         with pytest.raises(UserError, match="at least one token"):
             decoder.generate(prompts, 3)
