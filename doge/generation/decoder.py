@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from doge.attention.cache import DogeCache
+from doge.attention.cache import DogeCache, Slots
 from doge.errors import UserError
 from doge.generation.cpu_step import CpuStep
 from doge.generation.int8 import Int8
@@ -14,6 +14,7 @@ from doge.generation.weights import LayerWeights
 from doge.modeling import DogeForCausalLM
 
 SLOT_STEP = 64  # slots are made in multiples of it
+PADDED = 4 / 3  # prompts that are read together are at most so many times as long as their shortest
 
 
 class Decoder:
@@ -90,33 +91,50 @@ class Decoder:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         device = self.model.device
         generator = sampling.generator(device)
-        logits, cache, lengths = self._read(prompts, max_new_tokens, num_return_sequences)
+        logits, slots, lengths = self._read(prompts, max_new_tokens, num_return_sequences)
         tokens = sampling.choose(logits, generator)
         yield tokens
-        slots = [layer.slots for layer in cache.layers]
         for number in range(max_new_tokens - 1):
             tokens, logits = self._step(tokens, lengths + number, slots, greedy=not sampling.do_sample)
             if sampling.do_sample:
                 tokens = sampling.choose(logits, generator)
             yield tokens
 
-    def _read(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, DogeCache, torch.Tensor]:
-        """Logits of the rows' next tokens, the cache, and how many tokens each row has."""
+    def _read(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, list[Slots], torch.Tensor]:
+        """Logits of the rows' next tokens, every layer's slots, and how many tokens each row has."""
         device = self.model.device
-        places = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        longest = max(map(len, places))
-        needed = longest + max_new_tokens
-        cache = DogeCache(self.config, slots=-(-needed // SLOT_STEP) * SLOT_STEP)
-        ids = torch.zeros(len(places), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for prompt, place in places.items():
-            ids[place, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[place, longest - len(prompt) :] = 1
+        different = sorted(set(map(tuple, prompts)), key=len)
+        needed = len(different[-1]) + max_new_tokens
         training = self.model.training
-        output = self.model.eval()(
+        self.model.eval()
+        found = [self._read_together(group, -(-needed // SLOT_STEP) * SLOT_STEP) for group in _groups(different)]
+        self.model.train(training)
+        places = {prompt: place for place, prompt in enumerate(different)}
+        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
+        logits = torch.cat([logits for logits, _ in found])[rows]
+        slots = [
+            Slots(*(torch.cat(states)[rows] for states in zip(*layers, strict=True)))
+            for layers in zip(*(layers for _, layers in found), strict=True)
+        ]
+        return logits, slots, torch.tensor([len(prompt) for prompt in different], device=device)[rows]
+
+    def _read_together(self, prompts: list[tuple[int, ...]], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        """Logits of the next tokens and every layer's slots, of prompts from short to long."""
+        longest = len(prompts[-1])
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        cache, device = DogeCache(self.config, slots), self.model.device
+        output = self.model(
             ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        self.model.train(training)
-        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
-        cache.batch_select_indices(rows)
-        return output.logits[rows, -1], cache, mask.sum(-1).to(device)[rows]
+        return output.logits[:, -1], [layer.slots for layer in cache.layers]
+
+
+def _groups(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts from short to long, those together that padding makes no more than a third longer."""
+    begin = 0
+    for place, prompt in enumerate(prompts):
+        if len(prompt) > PADDED * len(prompts[begin]):
+            yield prompts[begin:place]
+            begin = place
+    yield prompts[begin:]
