@@ -119,45 +119,67 @@ inline float dot(const W* row, const float* vector, int64_t size) {
     return sum;
 }
 
-// The products of two consecutive rows of a matrix with four vectors, where computing takes longer than reading.
-template <class W>
-inline void dots(const W* matrix, const float* vectors, int64_t size, float (&sums)[2][4]) {
-    Vector parts[2][4] = {};
-    int64_t k = 0;
-    for (; k + 8 <= size; k += 8)
-        for (int row = 0; row < 2; ++row) {
-            const Vector weights = load(matrix + row * size + k);
-            for (int column = 0; column < 4; ++column) parts[row][column] += weights * load(vectors + column * size + k);
+constexpr int64_t FEW = 4;  // vectors that meet a matrix one by one
+
+// Vectors that a matrix is multiplied with, and, where they are not few, the same turned: number i of all of them beside
+// one another, in eights.
+struct Vectors {
+    const float* rows;
+    int64_t number, size;
+    std::vector<float> turned;
+    int64_t padded = 0;
+
+    Vectors(const float* rows, int64_t number, int64_t size) : rows(rows), number(number), size(size) {
+        if (number < FEW) return;
+        padded = (number + 7) / 8 * 8;
+        turned.assign(size * padded, 0.f);
+        for (int64_t row = 0; row < number; ++row)
+            for (int64_t i = 0; i < size; ++i) turned[i * padded + row] = rows[row * size + i];
+    }
+};
+
+// Products of `ROWS` consecutive rows of a matrix with `EIGHTS` times eight turned vectors, where computing takes longer
+// than reading: a weight meets all of them at once.
+template <int ROWS, int EIGHTS, class W, class Take>
+inline void products(const W* matrix, const Vectors& vectors, int64_t column, Take take) {
+    Vector sums[ROWS][EIGHTS] = {};
+    for (int64_t i = 0; i < vectors.size; ++i) {
+        Vector own[EIGHTS];
+        for (int part = 0; part < EIGHTS; ++part) own[part] = load(&vectors.turned[i * vectors.padded + column + 8 * part]);
+        for (int row = 0; row < ROWS; ++row) {
+            const float weight = widen(matrix[row * vectors.size + i]);
+            for (int part = 0; part < EIGHTS; ++part) sums[row][part] += weight * own[part];
         }
-    for (int row = 0; row < 2; ++row)
-        for (int column = 0; column < 4; ++column) {
-            sums[row][column] = sum_of(parts[row][column]);
-            for (int64_t rest = k; rest < size; ++rest)
-                sums[row][column] += widen(matrix[row * size + rest]) * vectors[column * size + rest];
-        }
+    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int part = 0; part < EIGHTS; ++part)
+            for (int lane = 0; lane < 8; ++lane)
+                if (column + 8 * part + lane < vectors.number) take(row, column + 8 * part + lane, sums[row][part][lane]);
 }
 
-// Calls take(row, column, product) for the rows [first, last) of a matrix and every vector.
+// Calls take(row, vector, product) for the rows [first, last) of a matrix and every vector.
 template <class W, class Take>
-void multiply(Matrix matrix, int64_t first, int64_t last, int64_t size, const float* vectors, int64_t columns, Take take) {
+void multiply(Matrix matrix, int64_t first, int64_t last, const Vectors& vectors, Take take) {
     const W* data = static_cast<const W*>(matrix.data);
     auto scaled = [&](int64_t row, float sum) { return matrix.scale ? sum * matrix.scale[row] : sum; };
     int64_t row = first;
-    for (; columns >= 4 && row + 2 <= last; row += 2) {
-        int64_t column = 0;
-        for (; column + 4 <= columns; column += 4) {
-            float sums[2][4];
-            dots(data + row * size, vectors + column * size, size, sums);
-            for (int r = 0; r < 2; ++r)
-                for (int c = 0; c < 4; ++c) take(row + r, column + c, scaled(row + r, sums[r][c]));
-        }
-        for (; column < columns; ++column)
-            for (int r = 0; r < 2; ++r)
-                take(row + r, column, scaled(row + r, dot(data + (row + r) * size, vectors + column * size, size)));
+    if (vectors.number >= FEW) {
+        auto block = [&](auto rows) {
+            auto taken = [&](int64_t r, int64_t column, float sum) { take(row + r, column, scaled(row + r, sum)); };
+            const W* own = data + row * vectors.size;
+            int64_t column = 0;
+            for (; column + 16 <= vectors.padded; column += 16) products<rows.value, 2>(own, vectors, column, taken);
+            for (; column < vectors.padded; column += 8) products<rows.value, 1>(own, vectors, column, taken);
+            row += rows.value;
+        };
+        while (row + 6 <= last) block(std::integral_constant<int, 6>{});
+        while (row < last) block(std::integral_constant<int, 1>{});
     }
     for (; row < last; ++row)
-        for (int64_t column = 0; column < columns; ++column)
-            take(row, column, scaled(row, dot(data + row * size, vectors + column * size, size)));
+        for (int64_t column = 0; column < vectors.number; ++column) {
+            const float* vector = vectors.rows + column * vectors.size;
+            take(row, column, scaled(row, dot(data + row * vectors.size, vector, vectors.size)));
+        }
 }
 
 void normalize(const float* states, const float* weight, float* result, int64_t size, float eps) {
@@ -205,9 +227,9 @@ public:
         std::vector<float> scores(slots), mixed(rows * m.heads * m.head_dim);
         for (int64_t number = 0; number < m.layers; ++number) {
             const Layer& layer = m.layer[number];
-            normalize_all(layer.input_norm, normal);
+            const Vectors before = normalize_all(layer.input_norm, normal);
             each_row(thread, width, [&](int64_t first, int64_t last) {
-                multiply<W>(layer.qkv, first, last, m.hidden, normal.data(), rows,
+                multiply<W>(layer.qkv, first, last, before,
                             [&](int64_t n, int64_t row, float value) { joined[row * width + n] = value; });
             });
             for (int64_t pair = thread; pair < rows * m.kv_heads; pair += threads)
@@ -217,29 +239,31 @@ public:
                 attend(layer, piece / parts / m.kv_heads, piece / parts % m.kv_heads, piece % parts, scores);
             barrier.wait();
             for (int64_t pair = 0; pair < rows * m.heads; ++pair) combine(pair, &mixed[pair * m.head_dim]);
+            const Vectors attended(mixed.data(), rows, m.heads * m.head_dim);
             each_row(thread, m.hidden, [&](int64_t first, int64_t last) {
-                multiply<W>(layer.o, first, last, m.heads * m.head_dim, mixed.data(), rows,
+                multiply<W>(layer.o, first, last, attended,
                             [&](int64_t n, int64_t row, float value) { add(layer.input_residual, n, row, value); });
             });
-            normalize_all(layer.post_norm, normal);
+            const Vectors after = normalize_all(layer.post_norm, normal);
             each_row(thread, m.intermediate, [&](int64_t first, int64_t last) {
                 Matrix up{static_cast<const W*>(layer.gate_up.data) + m.intermediate * m.hidden,
                           layer.gate_up.scale ? layer.gate_up.scale + m.intermediate : nullptr};
-                multiply<W>(layer.gate_up, first, last, m.hidden, normal.data(), rows,
+                multiply<W>(layer.gate_up, first, last, after,
                             [&](int64_t n, int64_t row, float value) {
                                 inner[row * m.intermediate + n] = value / (1 + std::exp(-value));
                             });
-                multiply<W>(up, first, last, m.hidden, normal.data(), rows,
+                multiply<W>(up, first, last, after,
                             [&](int64_t n, int64_t row, float value) { inner[row * m.intermediate + n] *= value; });
             });
+            const Vectors activated(inner.data(), rows, m.intermediate);
             each_row(thread, m.hidden, [&](int64_t first, int64_t last) {
-                multiply<W>(layer.down, first, last, m.intermediate, inner.data(), rows,
+                multiply<W>(layer.down, first, last, activated,
                             [&](int64_t n, int64_t row, float value) { add(layer.post_residual, n, row, value); });
             });
         }
-        normalize_all(m.norm, normal);
+        const Vectors last_states = normalize_all(m.norm, normal);
         each_row(thread, m.vocab, [&](int64_t first, int64_t last) {
-            multiply<W>(m.head, first, last, m.hidden, normal.data(), rows,
+            multiply<W>(m.head, first, last, last_states,
                         [&](int64_t n, int64_t row, float value) { logits[row * m.vocab + n] = value; });
         });
     }
@@ -253,9 +277,10 @@ private:
     }
 
     // Every thread for itself: cheaper than to wait for another.
-    void normalize_all(const float* weight, std::vector<float>& result) {
+    Vectors normalize_all(const float* weight, std::vector<float>& result) {
         for (int64_t row = 0; row < rows; ++row)
             normalize(&states[row * m.hidden], weight, &result[row * m.hidden], m.hidden, m.eps);
+        return Vectors(result.data(), rows, m.hidden);
     }
 
     void add(const float* residual, int64_t n, int64_t row, float value) {
