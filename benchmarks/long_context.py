@@ -5,8 +5,8 @@
 fp32, 1 x T, `keep_window_size` 2048, distinct random tokens. Both sides take turns at each length and the medians are
 compared; memory is the rise of the peak resident set over one step, in a fresh process each, and its growth exponent is
 the slope of log memory over log length, fitted. transformers materialises masks of T x T and is left out where it needs
-more memory than there is. The outputs of both must agree within 1e-4
-with one layer: below others rounding decides now and then which of two keys is the last of the window. The last line is one JSON object.
+more memory than there is. The outputs of both must agree within 1e-4 with one layer: below others, rounding decides now
+and then which of two keys is the last of the window. The last line is one JSON object.
 """
 
 import argparse
