@@ -21,34 +21,25 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_step import resident_bytes
+from train_step import build, resident_bytes
 
 SIDES = ("ours", "transformers")
 TOLERANCE = 1e-4
 
 
-def build(side: str, layers: int, window: int) -> torch.nn.Module:
-    from doge.configuration import ModelRecipe
-
-    recipe = ModelRecipe("Doge-20M", num_hidden_layers=layers, keep_window_size=window, max_position_embeddings=32768)
-    config = recipe.build()
-    torch.manual_seed(0)
-    if side == "ours":
-        from doge.modeling import build_model
-
-        model = build_model(config)
-    else:
-        from transformers import DogeForCausalLM
-
-        config._attn_implementation = "sdpa"
-        model = DogeForCausalLM(config)
+def build_spread(side: str, layers: int, window: int) -> torch.nn.Module:
+    """Doge-20M without its head; its keys' biases differ, so that the window chooses among them."""
+    model = build(
+        side, "Doge-20M", "float32",
+        num_hidden_layers=layers, keep_window_size=window, max_position_embeddings=32768,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             parameter.copy_(parameter + torch.randn(parameter.shape, generator=generator) * 0.02)
-        for layer in model.model.layers:  # biases that differ, so that the window chooses
+        for layer in model.model.layers:
             layer.self_attn.A.add_(1)
-    return model.model.train()
+    return model.model
 
 
 def step(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -89,14 +80,14 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        model, tokens = build(args.memory_of, args.layers, args.window), tokens_of(args.lengths[0])
+        model, tokens = build_spread(args.memory_of, args.layers, args.window), tokens_of(args.lengths[0])
         before = resident_bytes()
         step(model, tokens)
         print(resident_bytes("VmHWM") - before)
         return
 
-    models = {side: build(side, args.layers, args.window) for side in SIDES}
-    single = {side: build(side, 1, args.window) for side in SIDES}
+    models = {side: build_spread(side, args.layers, args.window) for side in SIDES}
+    single = {side: build_spread(side, 1, args.window) for side in SIDES}
     memory, ratios, worst = {side: {} for side in SIDES}, {}, 0.0
     print(
         f"{'T':>7}{'ours, s':>10}{'transformers':>14}{'ratio':>8}{'ours, MB':>10}{'transformers':>14}{'difference':>12}"

@@ -38,11 +38,11 @@ def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str
     return batch | {"position_ids": positions} if side == "ours" else batch
 
 
-def build(side: str, preset: str, dtype: str = "bfloat16") -> torch.nn.Module:
-    """The model of `side`, "ours" or "transformers", in training mode."""
+def build(side: str, preset: str, dtype: str = "bfloat16", **changes: int) -> torch.nn.Module:
+    """The model of `side`, "ours" or "transformers", in training mode; ``changes`` are fields of its recipe."""
     from doge.configuration import ModelRecipe
 
-    config = ModelRecipe(preset).build()
+    config = ModelRecipe(preset, **changes).build()
     torch.manual_seed(0)
     if side == "ours":
         from doge.modeling import build_model
