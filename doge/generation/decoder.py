@@ -107,8 +107,10 @@ class Decoder:
         needed = len(different[-1]) + max_new_tokens
         training = self.model.training
         self.model.eval()
-        found = [self._read_together(group, -(-needed // SLOT_STEP) * SLOT_STEP) for group in _groups(different)]
-        self.model.train(training)
+        try:
+            found = [self._read_together(group, -(-needed // SLOT_STEP) * SLOT_STEP) for group in _groups(different)]
+        finally:
+            self.model.train(training)
         places = {prompt: place for place, prompt in enumerate(different)}
         rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
         logits = torch.cat([logits for logits, _ in found])[rows]
