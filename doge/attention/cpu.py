@@ -81,8 +81,8 @@ def _backward(
         )  # fmt: skip
         piece.add(grads, found)
     grads = [stream.transpose(1, 2).reshape(batch, seq, -1, stream.shape[-1]).transpose(1, 2) for stream in grads]
-    grad_bias = grads[1][..., head_dim].float() * head_dim**0.5
-    return (*(stream[..., :head_dim].contiguous() for stream in grads), grad_bias.to(bias.dtype))
+    grad_bias = (grads[1][..., head_dim].float() * head_dim**0.5).to(bias.dtype)
+    return (*(stream[..., :head_dim].contiguous() for stream in grads), grad_bias.contiguous())
 
 
 @_backward.register_fake

@@ -11,8 +11,8 @@ from doge.optimizer import OptimizerRecipe
 
 LENGTH, VOCABULARY = 48, 64
 MODEL = ModelRecipe(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=LENGTH, keep_window_size=20,
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=LENGTH, keep_window_size=20,
 )  # fmt: skip
 
 

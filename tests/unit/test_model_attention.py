@@ -111,6 +111,17 @@ def test_one_token_of_one_head_attends_to_itself(documents):
     torch.testing.assert_close(output[0, 0, 0], inputs[2][0, 0, 0])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("documents", [None, [33, 3, 30]])
+def test_the_operation_is_what_it_tells_torch_compile(documents, kv_heads):
+    query, key, value, bias = random_inputs(33, kv_heads=kv_heads)
+    ends = ends_of(documents, batch=2)
+    torch.library.opcheck(cpu._attend, (query, key, value, bias, ends, None, 7, 0, 0))
+    rows = [x.detach() for x in (query, key, value, bias)]
+    output, wide, sums = cpu._attend(*rows, ends, None, 7, 0, 0)
+    torch.library.opcheck(cpu._backward, (output, wide, sums, *rows, ends, None, 7, 0, 0))
+
+
 def test_float16_bears_padding():
     model, row = tiny_model(dtype=torch.float16), tokens(1, 9)
     padded = torch.cat([torch.full((1, 4), 2), row], dim=1)
