@@ -161,7 +161,8 @@ class DogeModel(DogePreTrainedModel):
         ends = None if padded or num_cached else document_ends(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if ends is not None or (self.training and self.gradient_checkpointing):
+        packs_documents = past_key_values is not None and past_key_values.packs_documents
+        if (ends is not None and not packs_documents) or (self.training and self.gradient_checkpointing):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DogeCache(self.config)

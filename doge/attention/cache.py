@@ -36,7 +36,12 @@ class DogeCache(Cache):
     Args:
         config: of the model.
         slots: that each head has from the start, to be at most `keep_window_size`; by default as many as are needed.
+
+    Attributes:
+        packs_documents: whether it may be filled with documents packed in one row.
     """
+
+    packs_documents: bool = False
 
     def __init__(self, config: DogeConfig, slots: int | None = None):
         window = KeyWindow.of(config)

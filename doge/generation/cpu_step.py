@@ -15,19 +15,22 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-from doge.attention.cache import Slots
+from doge.attention.cache import NO_KEY, Slots
 from doge.attention.window import KeyWindow
 from doge.generation.int8 import Int8
+from doge.generation.prompts import Prompt, read_prompts
 from doge.generation.weights import LayerWeights
 from doge.modeling import DogeForCausalLM
 from doge.storage import StorageError, private_cache
 
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
+_HEADER = Path(__file__).with_name("cpu_vectors.h")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t", torch.int8: "int8_t"}
 
@@ -69,12 +72,13 @@ class CpuStep:
                 setattr(own, name, self._matrix(getattr(found, name)))
             for name in _Layer._vectors:
                 setattr(own, name, self._vector(getattr(found, name)))
-        window = KeyWindow.of(config)
+        self._read_by, self._window = model, KeyWindow.of(config)
         first = layers[0]
         self._model = _Model(
             layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, head_dim=len(first.q_norm), intermediate=config.intermediate_size,
-            vocab=config.vocab_size, sinks=window.num_sinks, local=window.num_local, eps=config.rms_norm_eps,
+            vocab=config.vocab_size, eps=config.rms_norm_eps,
+            sinks=self._window.num_sinks, local=self._window.num_local,
             rotary_scaling=rotary.attention_scaling, inverse_frequencies=self._vector(rotary.inv_freq),
             norm=self._vector(model.model.norm.weight), embedding=self._matrix(embedding), head=self._matrix(head),
             layer=self._layers,
@@ -85,22 +89,65 @@ class CpuStep:
         """Whether it takes such a model, and this machine can compile it; says once why not."""
         if model.device.type != "cpu" or layers[0].experts is not None or model.dtype not in _TYPES:
             return False
-        return model.model.rotary_emb.rope_type == "default" and _library(*_types(model, layers)) is not None
+        if model.model.rotary_emb.rope_type != "default" or model.config.intermediate_size % 2:
+            return False
+        return _library(*_types(model, layers)) is not None
 
-    def __call__(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        logits = torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
+    def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool) -> torch.Tensor:
+        chosen = torch.empty_like(tokens) if greedy else None
+        logits = None if greedy else torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
         with self._lock:
-            for own, states in zip(self._layers, slots, strict=True):
-                for name, tensor in zip(_Layer._slots, states, strict=True):
-                    assert tensor.is_contiguous()
-                    setattr(own, name, tensor.data_ptr())
+            self._use(slots)
             self._library.doge_step(
                 ctypes.byref(self._model), len(tokens), slots[0].keys.shape[2], torch.get_num_threads(),
-                tokens.data_ptr(), lengths.data_ptr(), logits.data_ptr(),
+                tokens.data_ptr(), lengths.data_ptr(), _pointer(logits), _pointer(chosen),
             )  # fmt: skip
-        return logits.argmax(-1) if greedy else None, logits
+        return chosen if greedy else logits
+
+    def read(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        """See `read_prompts`, which reads prompts longer than the window; what others all begin with is read once."""
+        slots = min(slots, self._window.size)
+        if max(map(len, prompts)) > slots:
+            return read_prompts(self._read_by, prompts, slots)
+        shared = _common_beginning(prompts) if len(prompts) > 1 else 0
+        if not shared:
+            found = [self._empty(len(prompts), slots) for _ in self._layers]
+            return self._read(prompts, found, 0), found
+        begun = [self._empty(1, slots) for _ in self._layers]
+        self._read([prompts[0][:shared]], begun, 0)
+        found = [Slots(*(states.repeat(len(prompts), *[1] * (states.ndim - 1)) for states in each)) for each in begun]
+        return self._read([prompt[shared:] for prompt in prompts], found, shared), found
+
+    def _read(self, prompts: Sequence[Prompt], slots: list[Slots], begin: int) -> torch.Tensor:
+        """Go on with rows that hold ``begin`` tokens: the logits of the next tokens, (rows, vocab_size) float32."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths)
+        ends = lengths.cumsum(0) - 1
+        places = begin + torch.arange(len(tokens)) - (ends + 1 - lengths)[rows]
+        logits = torch.empty(len(prompts), self._model.vocab, dtype=torch.float32, device="cpu")
+        with self._lock:
+            self._use(slots)
+            self._library.doge_read(
+                ctypes.byref(self._model), len(prompts), slots[0].keys.shape[2], torch.get_num_threads(),
+                tokens.data_ptr(), places.data_ptr(), rows.data_ptr(), len(tokens), ends.data_ptr(), logits.data_ptr(),
+            )  # fmt: skip
+        return logits
+
+    def _empty(self, rows: int, slots: int) -> Slots:
+        shape = (rows, self._model.kv_heads, slots)
+        return Slots(
+            torch.zeros(*shape, self._model.head_dim, dtype=self._read_by.dtype),
+            torch.zeros(*shape, self._model.head_dim, dtype=self._read_by.dtype),
+            torch.full(shape, -torch.inf, dtype=torch.float32),
+            torch.full(shape, NO_KEY),
+        )
+
+    def _use(self, slots: list[Slots]) -> None:
+        for own, states in zip(self._layers, slots, strict=True):
+            for name, tensor in zip(_Layer._slots, states, strict=True):
+                assert tensor.is_contiguous()
+                setattr(own, name, tensor.data_ptr())
 
     def _matrix(self, weight: torch.Tensor | Int8) -> _Matrix:
         if isinstance(weight, Int8):
@@ -113,6 +160,17 @@ class CpuStep:
     def _keep(self, states: torch.Tensor) -> int:
         self._kept.append(states.contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _common_beginning(prompts: Sequence[Prompt]) -> int:
+    """How many tokens all prompts begin with, short of a whole prompt."""
+    first, last = min(prompts), max(prompts)  # in the order of words, so that all others begin with what these share
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _types(model: DogeForCausalLM, layers: list[LayerWeights]) -> tuple[torch.dtype, torch.dtype]:
@@ -134,15 +192,16 @@ def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
     except (OSError, StorageError) as error:
         _log.warning("The fast decoding step cannot be compiled (%s): PyTorch computes the same more slowly.", error)
         return None
-    library.doge_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
-    library.doge_step.restype = None
+    library.doge_step.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 4]
+    library.doge_read.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_void_p]
+    library.doge_step.restype = library.doge_read.restype = None
     return library
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:
     """The library's file, made unless this source, compiler and processor have made it. Raises OSError."""
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    parts = [_SOURCE.read_bytes(), *map(str.encode, flags), version, _processor()]
+    parts = [_SOURCE.read_bytes(), _HEADER.read_bytes(), *map(str.encode, flags), version, _processor()]
     path = Path(private_cache(), f"decoding-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so")
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from doge.attention.cache import DogeCache, Slots
+from doge.attention.cache import Slots
 from doge.errors import UserError
 from doge.generation.cpu_step import CpuStep
 from doge.generation.int8 import Int8
@@ -14,7 +14,6 @@ from doge.generation.weights import LayerWeights
 from doge.modeling import DogeForCausalLM
 
 SLOT_STEP = 64  # slots are made in multiples of it
-PADDED = 4 / 3  # prompts that are read together are at most so many times as long as their shortest
 
 
 class Decoder:
@@ -56,7 +55,8 @@ class Decoder:
     ) -> list[list[int]]:
         """The tokens that follow each prompt, without the end token.
 
-        Prompts may differ in length. Each different prompt is read once, however often it occurs.
+        Prompts may differ in length. Each different prompt is read once, however often it occurs, and so is what all of
+        them begin with where a CPU's library reads them.
 
         Args:
             num_return_sequences: continuations of each prompt, one after another in the result.
@@ -95,48 +95,18 @@ class Decoder:
         tokens = sampling.choose(logits, generator)
         yield tokens
         for number in range(max_new_tokens - 1):
-            tokens, logits = self._step(tokens, lengths + number, slots, greedy=not sampling.do_sample)
-            if sampling.do_sample:
-                tokens = sampling.choose(logits, generator)
+            found = self._step(tokens, lengths + number, slots, greedy=not sampling.do_sample)
+            tokens = sampling.choose(found, generator) if sampling.do_sample else found
             yield tokens
 
     def _read(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, list[Slots], torch.Tensor]:
         """Logits of the rows' next tokens, every layer's slots, and how many tokens each row has."""
-        device = self.model.device
-        different = sorted(set(map(tuple, prompts)), key=len)
-        needed = len(different[-1]) + max_new_tokens
-        training = self.model.training
-        self.model.eval()
-        try:
-            found = [self._read_together(group, -(-needed // SLOT_STEP) * SLOT_STEP) for group in _groups(different)]
-        finally:
-            self.model.train(training)
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        needed = max(map(len, different)) + max_new_tokens
+        logits, slots = self._step.read(different, -(-needed // SLOT_STEP) * SLOT_STEP)
         places = {prompt: place for place, prompt in enumerate(different)}
-        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts for _ in range(repeats)], device=device)
-        logits = torch.cat([logits for logits, _ in found])[rows]
-        slots = [
-            Slots(*(torch.cat(states)[rows] for states in zip(*layers, strict=True)))
-            for layers in zip(*(layers for _, layers in found), strict=True)
-        ]
-        return logits, slots, torch.tensor([len(prompt) for prompt in different], device=device)[rows]
-
-    def _read_together(self, prompts: list[tuple[int, ...]], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-        """Logits of the next tokens and every layer's slots, of prompts from short to long."""
-        longest = len(prompts[-1])
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        cache, device = DogeCache(self.config, slots), self.model.device
-        output = self.model(
-            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        return output.logits[:, -1], [layer.slots for layer in cache.layers]
-
-
-def _groups(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts from short to long, those together that padding makes no more than a third longer."""
-    begin = 0
-    for place, prompt in enumerate(prompts):
-        if len(prompt) > PADDED * len(prompts[begin]):
-            yield prompts[begin:place]
-            begin = place
-    yield prompts[begin:]
+        rows = [places[tuple(prompt)] for prompt in prompts for _ in range(repeats)]
+        lengths = torch.tensor([len(different[row]) for row in rows], device=self.model.device)
+        if rows != list(range(len(different))):
+            logits, slots = logits[rows], [Slots(*(states[rows] for states in layer)) for layer in slots]
+        return logits, slots, lengths

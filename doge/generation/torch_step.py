@@ -1,6 +1,7 @@
 """The decoding step in PyTorch, on any device, compiled where that works."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from doge.attention.cache import Slots, attend_slots, insert_key
 from doge.attention.window import KeyWindow
 from doge.compilation import can_compile
 from doge.generation.int8 import Int8
+from doge.generation.prompts import Prompt, read_prompts
 from doge.generation.weights import LayerWeights
 from doge.modeling import DogeForCausalLM
 
@@ -28,17 +30,15 @@ class TorchStep:
     """
 
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head, compile: bool = True):
-        self._model, self._embedding, self._head = model.model, embedding, head
+        self._read_by, self._model, self._embedding, self._head = model, model.model, embedding, head
         self._chunks = [layers[start : start + LAYERS_TOGETHER] for start in range(0, len(layers), LAYERS_TOGETHER)]
         self._window, self._eps = KeyWindow.of(model.config), model.config.rms_norm_eps
         self._compiles = compile and can_compile(model.device.type)
         functions = (_run_layers, _end)
         self._functions = [torch.compile(each) for each in functions] if self._compiles else functions
 
-    def __call__(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The rows' next tokens, where ``greedy``, and their logits.
+    def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool) -> torch.Tensor:
+        """The rows' next tokens, (rows,) int64, where ``greedy``, or else their logits, (rows, vocab_size).
 
         Args:
             tokens: (rows,) int64, the present ones, which ``slots`` take in.
@@ -56,6 +56,10 @@ class TorchStep:
             own = slots[number * LAYERS_TOGETHER :][: len(chunk)]
             states = run_layers(states, lengths, cos, sin, chunk, own, self._window, self._eps, fuses)
         return end(states, self._model.norm.weight, self._head, self._eps, greedy, fuses)
+
+    def read(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        """See `read_prompts`."""
+        return read_prompts(self._read_by, prompts, slots)
 
 
 def _linear(states: torch.Tensor, weight: torch.Tensor | Int8, fuses: bool) -> torch.Tensor:
@@ -83,7 +87,7 @@ def _run_layers(states, lengths, cos, sin, layers, slots, window, eps, fuses):
 
 def _end(states, norm, head, eps, greedy, fuses):
     logits = _linear(_rms_norm(states, norm, eps), head, fuses)
-    return logits.argmax(-1) if greedy else None, logits
+    return logits.argmax(-1) if greedy else logits
 
 
 def _layer(states, weights, slots, cos, sin, lengths, window, eps, fuses):
