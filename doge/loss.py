@@ -2,8 +2,12 @@
 
 A vocabulary of 32,768 makes the logits of 2,048 tokens 268 MB in float32, more than everything else in the smallest
 model. Here a chunk of tokens at a time is projected, its loss and its gradients with respect to the hidden states and
-the weight are computed at once, and its logits are dropped; the backward pass only scales those gradients.
+the weight are computed at once, and its logits are dropped; the backward pass only scales those gradients. On a GPU
+Liger's kernels do the same with the logits turned into their gradient in place.
 """
+
+import functools
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,9 @@ from torch import nn
 
 IGNORE_INDEX = -100  # a label that does not count, by the convention of torch and transformers
 TOKEN_CHUNK = 256  # tokens whose logits exist at one time
+LIGER_CHUNK = 4096  # the same on a GPU, about: fewer do not fill one with a small model's products
+
+_log = logging.getLogger(__name__)
 
 
 class LMHead(nn.Linear):
@@ -44,14 +51,38 @@ def linear_cross_entropy(
         hidden_states: (tokens, hidden_size).
         weight: (vocab_size, hidden_size), of the same dtype; under autocast both become its dtype.
         targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
-        chunk: tokens whose logits (chunk, vocab_size) exist at one time; by default TOKEN_CHUNK.
+        chunk: tokens whose logits (chunk, vocab_size) exist at one time; by default as many as suits the device.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
+        liger_takes_it = len(targets) and (hidden_states.requires_grad or not weight.requires_grad)
+        if device == "cuda" and chunk is None and liger_takes_it and (function := liger_function()) is not None:
+            return by_liger(function, hidden_states, weight, targets)
         return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk or TOKEN_CHUNK, torch.is_grad_enabled())
+
+
+@functools.cache
+def liger_function() -> type[torch.autograd.Function] | None:
+    """Liger's fused linear cross-entropy; None where it cannot be imported, which is said."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError as error:
+        _log.warning("Liger's loss cannot be imported (%s): PyTorch computes the same more slowly.", error)
+        return None
+    return LigerFusedLinearCrossEntropyFunction
+
+
+def by_liger(function, hidden_states, weight, targets) -> torch.Tensor:
+    """`linear_cross_entropy` by Liger, which computes no gradient of the weight alone."""
+    # Its chunks are such that their logits are this many times as many numbers as the hidden states.
+    times = -(-weight.shape[0] * LIGER_CHUNK // hidden_states.numel())
+    return function.apply(
+        hidden_states, weight, targets, None, None, IGNORE_INDEX, 0.0, 0.0, "sum", None, False, torch.float32,
+        False, False, False, None, None, times,
+    )[0]  # fmt: skip
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

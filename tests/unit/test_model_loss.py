@@ -1,12 +1,16 @@
 """The chunked loss is the cross-entropy, to the last gradient, without the logits ever being whole."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
 from tiny_models import VOCAB_SIZE, tiny_model, tokens
 
-from doge.loss import IGNORE_INDEX, LMHead, linear_cross_entropy
+from doge.loss import IGNORE_INDEX, LMHead, by_liger, liger_function, linear_cross_entropy
 
 
 def random_case(dtype=torch.float32, scale=1.0):
@@ -16,6 +20,27 @@ def random_case(dtype=torch.float32, scale=1.0):
     targets = torch.randint(0, 30, (50,), generator=generator)
     targets[::7] = IGNORE_INDEX
     return hidden, weight, targets
+
+
+def test_the_loss_of_a_gpu_is_the_same():
+    """Under Triton's interpreter, in a process of its own: the switch holds for all of a process."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "of_a_gpu"]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        hidden, weight, targets = random_case(dtype)
+        results = []
+        for loss in (
+            by_liger(liger_function(), hidden, weight, targets),
+            linear_cross_entropy(hidden, weight, targets),
+        ):
+            assert loss.dtype == torch.float32
+            results.append((loss, *torch.autograd.grad(loss * 0.3, (hidden, weight))))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
