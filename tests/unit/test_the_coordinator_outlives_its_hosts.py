@@ -15,8 +15,9 @@ from cluster import host_pool
 from cluster.coordinator import Coordinator
 from cluster.host import HostConfig
 from cluster.membership import HostInfo, Membership, Offer, Outcome, Seat
+from cluster.membership_loop import MembershipLoop
 from cluster.recipe import ScalingRecipe
-from cluster.worker import MembershipLoop, Worker
+from cluster.worker import Worker
 from data_pipelines.reader import ReadAhead
 from doge.storage import StorageError
 
