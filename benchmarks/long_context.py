@@ -28,7 +28,8 @@ from train_step import build, resident_bytes
 
 SIDES = ("ours", "transformers")
 TOLERANCE = 1e-4
-ROUNDING = 2.0**-22  # two units in the last place of float32, relative
+ROUNDING = 2.0**-20  # relative: eight units in the last place of float32
+LEFT_OUT = 0.05  # share of the queries that rounding may decide
 
 
 def build_spread(side: str, layers: int, window: int) -> torch.nn.Module:
@@ -61,7 +62,7 @@ def tokens_of(length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def decided(model: torch.nn.Module, tokens: torch.Tensor, window: int) -> torch.Tensor:
-    """(length,) bool: the last key in the query's window has a larger bias than the first one out of it, in float64."""
+    """(length,) bool: the last key in the query's window has a clearly larger bias than the first one out of it."""
     layer = copy.deepcopy(model.layers[0]).double()
     attention = layer.self_attn
     values = attention.v_proj(layer.input_layernorm(model.embed_tokens(tokens).double()))
@@ -121,6 +122,8 @@ def main() -> None:
         tokens = tokens_of(length)
         sides = SIDES if length <= args.slow_limit else SIDES[:1]
         difference, left_out = compare(single, tokens, args.window) if len(sides) > 1 else (math.nan, 0)
+        if len(sides) > 1 and not (difference <= TOLERANCE and left_out <= LEFT_OUT * length):
+            raise SystemExit(f"The outputs of {length - left_out:,} of {length:,} queries differ by {difference:.1e}.")
         worst = max(worst, difference) if len(sides) > 1 else worst
         seconds = {side: [] for side in sides}
         for number in range(-1, args.rounds):
@@ -139,8 +142,6 @@ def main() -> None:
             f"{difference:12.1e}{left_out:10}",
             flush=True,
         )
-    if worst > TOLERANCE:
-        raise SystemExit(f"The outputs differ by {worst:.1e}, more than {TOLERANCE}.")
     result = {f"ratio_{length // 1024}k": round(ratio, 2) for length, ratio in ratios.items() if not math.isnan(ratio)}
     result["memory_exponent"] = round(exponent(list(memory["ours"]), list(memory["ours"].values())), 3)
     print(json.dumps(result | {"difference": worst}))

@@ -8,6 +8,7 @@ Liger's kernels do the same with the logits turned into their gradient in place.
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,58 +59,19 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        liger_takes_it = len(targets) and (hidden_states.requires_grad or not weight.requires_grad)
-        if device == "cuda" and chunk is None and liger_takes_it and (function := liger_function()) is not None:
-            return by_liger(function, hidden_states, weight, targets)
-        return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk or TOKEN_CHUNK, torch.is_grad_enabled())
-
-
-@functools.cache
-def liger_function() -> type[torch.autograd.Function] | None:
-    """Liger's fused linear cross-entropy; None where it cannot be imported, which is said."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError as error:
-        _log.warning("Liger's loss cannot be imported (%s): PyTorch computes the same more slowly.", error)
-        return None
-    return LigerFusedLinearCrossEntropyFunction
-
-
-def by_liger(function, hidden_states, weight, targets) -> torch.Tensor:
-    """`linear_cross_entropy` by Liger, which computes no gradient of the weight alone."""
-    # Its chunks are such that their logits are this many times as many numbers as the hidden states.
-    times = -(-weight.shape[0] * LIGER_CHUNK // hidden_states.numel())
-    return function.apply(
-        hidden_states, weight, targets, None, None, IGNORE_INDEX, 0.0, 0.0, "sum", None, False, torch.float32,
-        False, False, False, None, None, times,
-    )[0]  # fmt: skip
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, chunk, grad_enabled):
-        hidden_needs_grad, weight_needs_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        counted = (targets != IGNORE_INDEX).nonzero().flatten()
-        for tokens in counted.split(chunk):
-            hidden, target = hidden_states[tokens], targets[tokens].unsqueeze(1)
-            logits = hidden @ weight.T
-            probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-            # log sum exp from the likeliest token: its probability is at least 1 / vocab_size, so its log is exact.
-            highest, likeliest = logits.max(dim=-1, keepdim=True)
-            normalizer = highest.float() - probabilities.gather(1, likeliest).log()
-            loss += (normalizer - logits.gather(1, target).float()).sum()
-            if not (hidden_needs_grad or weight_needs_grad):
-                continue
-            probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
-            logits_grad = probabilities.to(weight.dtype)
-            if hidden_needs_grad:
-                hidden_grad[tokens] = logits_grad @ weight
-            if weight_needs_grad:
-                weight_grad += logits_grad.T @ hidden
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        needed = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
+        liger = _liger() if chunk is None and _suits_liger(hidden_states) else None
+        if liger is not None:
+            loss, *grads = _by_liger(liger, hidden_states, weight, targets, *needed)
+        else:
+            loss, *grads = _by_chunks(hidden_states, weight, targets, *needed, chunk or TOKEN_CHUNK)
+        ctx.save_for_backward(*grads)
         ctx.weight_dtype = weight.dtype
         return loss
 
@@ -121,3 +83,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None
+
+
+def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, chunk: int):
+    """The loss and the gradients, the weight's in float32, where they are needed."""
+    hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+    loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+    counted = (targets != IGNORE_INDEX).nonzero().flatten()
+    for tokens in counted.split(chunk):
+        hidden, target = hidden_states[tokens], targets[tokens].unsqueeze(1)
+        logits = hidden @ weight.T
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        # log sum exp from the likeliest token: its probability is at least 1 / vocab_size, so its log is exact.
+        highest, likeliest = logits.max(dim=-1, keepdim=True)
+        normalizer = highest.float() - probabilities.gather(1, likeliest).log()
+        loss += (normalizer - logits.gather(1, target).float()).sum()
+        if not (hidden_needs_grad or weight_needs_grad):
+            continue
+        probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
+        logits_grad = probabilities.to(weight.dtype)
+        if hidden_needs_grad:
+            hidden_grad[tokens] = logits_grad @ weight
+        if weight_needs_grad:
+            weight_grad += logits_grad.T @ hidden
+    return loss, hidden_grad, weight_grad
+
+
+def _by_liger(forward, hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool):
+    """The same; the weight's gradient is summed in float32 and given in the weight's dtype."""
+    # Its chunks are such that their logits are this many times as many numbers as the hidden states.
+    times = -(-weight.shape[0] * LIGER_CHUNK // hidden_states.numel())
+    loss, _, _, _, hidden_grad, weight_grad, _ = forward(
+        hidden_states, weight, targets, ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32,
+        compute_gradients=hidden_needs_grad or weight_needs_grad, weight_requires_grad=weight_needs_grad,
+        chunk_mem_const=times,
+    )  # fmt: skip
+    return loss, hidden_grad if hidden_needs_grad else None, weight_grad
+
+
+def _suits_liger(hidden_states: torch.Tensor) -> bool:
+    # float16 could not hold the weight's gradient, a sum over all tokens.
+    dtypes = (torch.bfloat16, torch.float32)
+    return hidden_states.device.type == "cuda" and hidden_states.dtype in dtypes and hidden_states.numel() > 0
+
+
+@functools.cache
+def _liger() -> Callable | None:
+    """Liger's fused linear cross-entropy; None where it cannot be imported, which is said."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+    except ImportError as error:
+        _log.warning("Liger's loss cannot be imported (%s): PyTorch computes the same more slowly.", error)
+        return None
+    return fused_linear_cross_entropy_forward

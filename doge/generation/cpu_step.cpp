@@ -318,25 +318,35 @@ extern "C" void doge_read(const Model* model, int64_t rows, int64_t slots, int64
                           float* logits) {
     constexpr int64_t TOGETHER = 128;  // tokens of a thread, so that what it computes stays in its cache
     std::unique_ptr<Barrier> everyone;
-    std::unique_ptr<Step<WEIGHT, SLOT>> last;
+    std::unique_ptr<Step<WEIGHT, SLOT>> few, last;
 #pragma omp parallel num_threads(threads)
     {
         const int team = omp_get_num_threads(), me = omp_get_thread_num();
+        auto keep = [&](Step<WEIGHT, SLOT>& step, int64_t first, int64_t end) {
+            for (int64_t row = 0; row < rows; ++row)
+                if (first <= ends[row] && ends[row] < end)
+                    std::copy_n(step.states_of(ends[row] - first), model->hidden, last->states_of(row));
+        };
 #pragma omp single
         {
             everyone = std::make_unique<Barrier>(team);
             last = std::make_unique<Step<WEIGHT, SLOT>>(*model, rows, slots, team, nullptr, nullptr);
+            if (number < 2 * LANES * team) {  // too few for each thread to have its own: all read each matrix once
+                few = std::make_unique<Step<WEIGHT, SLOT>>(*model, number, slots, team, places, sequences);
+                few->embed(tokens);
+            }
         }
-        for (int64_t begin = 0; begin < number; begin += TOGETHER * team) {
+        if (few) few->layers(me);
+        for (int64_t begin = 0; begin < number && !few; begin += TOGETHER * team) {
             const int64_t size = std::min(number - begin, TOGETHER * team);
             const int64_t first = begin + size * me / team, end = begin + size * (me + 1) / team;
             Step<WEIGHT, SLOT> own(*model, end - first, slots, 1, places + first, sequences + first);
             own.embed(tokens + first);
             own.layers(0, everyone.get());
-            for (int64_t row = 0; row < rows; ++row)
-                if (first <= ends[row] && ends[row] < end)
-                    std::copy_n(own.states_of(ends[row] - first), model->hidden, last->states_of(row));
+            keep(own, first, end);
         }
+        everyone->wait();
+        if (few && me == 0) keep(*few, 0, number);
         everyone->wait();
         last->finish(me, logits, nullptr);
     }

@@ -59,7 +59,10 @@ class _Model(Structure):
 
 
 class CpuStep:
-    """See `TorchStep`, whose results are these; the logits are float32."""
+    """See `TorchStep`, whose results are these; the logits are float32.
+
+    In bfloat16, four rows and more are rounded to it before each product, as PyTorch rounds all; fewer stay float32.
+    """
 
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):
         config, rotary = model.config, model.model.rotary_emb
@@ -89,7 +92,8 @@ class CpuStep:
         """Whether it takes such a model, and this machine can compile it; says once why not."""
         if model.device.type != "cpu" or layers[0].experts is not None or model.dtype not in _TYPES:
             return False
-        if model.model.rotary_emb.rope_type != "default" or model.config.intermediate_size % 2:
+        sizes = (model.config.hidden_size, model.config.intermediate_size)
+        if model.model.rotary_emb.rope_type != "default" or any(size % 2 for size in sizes):
             return False
         return _library(*_types(model, layers)) is not None
 
@@ -107,24 +111,36 @@ class CpuStep:
     def read(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
         """See `read_prompts`, which reads prompts longer than the window; what others all begin with is read once."""
         slots = min(slots, self._window.size)
-        if max(map(len, prompts)) > slots:
-            return read_prompts(self._read_by, prompts, slots)
-        shared = _common_beginning(prompts) if len(prompts) > 1 else 0
-        if not shared:
-            found = [self._empty(len(prompts), slots) for _ in self._layers]
-            return self._read(prompts, found, 0), found
-        begun = [self._empty(1, slots) for _ in self._layers]
-        self._read([prompts[0][:shared]], begun, 0)
-        found = [Slots(*(states.repeat(len(prompts), *[1] * (states.ndim - 1)) for states in each)) for each in begun]
-        return self._read([prompt[shared:] for prompt in prompts], found, shared), found
+        long = [row for row, prompt in enumerate(prompts) if len(prompt) > slots]
+        short = [row for row, prompt in enumerate(prompts) if len(prompt) <= slots]
+        parts = []
+        if long:
+            parts.append(read_prompts(self._read_by, [prompts[row] for row in long], slots))
+        if short:
+            parts.append(self._read_short([prompts[row] for row in short], slots))
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor(long + short, device="cpu").argsort()
+        logits = torch.cat([logits for logits, _ in parts])[order]
+        layers = zip(*(layers for _, layers in parts), strict=True)
+        return logits, [Slots(*(torch.cat(states)[order] for states in zip(*each, strict=True))) for each in layers]
 
-    def _read(self, prompts: Sequence[Prompt], slots: list[Slots], begin: int) -> torch.Tensor:
+    def _read_short(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        shared = _common_beginning(prompts) if len(prompts) > 1 else 0
+        found = [self._empty(1 if shared else len(prompts), slots) for _ in self._layers]
+        if shared:
+            self._advance([prompts[0][:shared]], found, 0)
+            repeats = torch.zeros(len(prompts), dtype=torch.int64, device="cpu")
+            found = [Slots(*(states[repeats] for states in layer)) for layer in found]
+        return self._advance([prompt[shared:] for prompt in prompts], found, shared), found
+
+    def _advance(self, prompts: Sequence[Prompt], slots: list[Slots], begin: int) -> torch.Tensor:
         """Go on with rows that hold ``begin`` tokens: the logits of the next tokens, (rows, vocab_size) float32."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        rows = torch.arange(len(prompts)).repeat_interleave(lengths)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
+        rows = torch.arange(len(prompts), device="cpu").repeat_interleave(lengths)
         ends = lengths.cumsum(0) - 1
-        places = begin + torch.arange(len(tokens)) - (ends + 1 - lengths)[rows]
+        places = begin + torch.arange(len(tokens), device="cpu") - (ends + 1 - lengths)[rows]
         logits = torch.empty(len(prompts), self._model.vocab, dtype=torch.float32, device="cpu")
         with self._lock:
             self._use(slots)
@@ -136,11 +152,12 @@ class CpuStep:
 
     def _empty(self, rows: int, slots: int) -> Slots:
         shape = (rows, self._model.kv_heads, slots)
+        wide = (*shape, self._model.head_dim)
         return Slots(
-            torch.zeros(*shape, self._model.head_dim, dtype=self._read_by.dtype),
-            torch.zeros(*shape, self._model.head_dim, dtype=self._read_by.dtype),
-            torch.full(shape, -torch.inf, dtype=torch.float32),
-            torch.full(shape, NO_KEY),
+            torch.zeros(wide, dtype=self._read_by.dtype, device="cpu"),
+            torch.zeros(wide, dtype=self._read_by.dtype, device="cpu"),
+            torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu"),
+            torch.full(shape, NO_KEY, device="cpu"),
         )
 
     def _use(self, slots: list[Slots]) -> None:

@@ -127,7 +127,7 @@ struct Meeting {
 // Pairs of bfloat16, to which PyTorch rounds the states too, summed in float.
 template <>
 struct Meeting<bfloat16> {
-    using Number = uint32_t;
+    using Number [[gnu::may_alias]] = uint32_t;  // written into registers of floats
     using Weight = bfloat16;
     static constexpr int64_t TOGETHER = 2;
     static Number take(const float* states) {

@@ -23,7 +23,8 @@ class Decoder:
         model: on its device, in the precision to decode in; it is not changed.
         compile: the step, where this machine can: as a C++ library on a CPU, with torch.compile elsewhere and for
             experts.
-        int8: keep the matrices as int8 with a scale per row, a quarter of float32's bytes; a little less exact.
+        int8: keep the matrices as int8 with a scale per row, a quarter of float32's bytes; a little less exact. Prompts
+            longer than the window, and all where PyTorch computes, are read with the model's own.
     """
 
     def __init__(self, model: DogeForCausalLM, compile: bool = True, int8: bool = False):
@@ -87,6 +88,11 @@ class Decoder:
         """The next tokens of all rows, (rows,) int64, one step after another; as `generate`, but nothing ends a row."""
         if not prompts or not all(prompts):
             raise UserError("There is nothing to go on from: give prompts of at least one token each.")
+        vocabulary = self.config.vocab_size
+        if not all(0 <= token < vocabulary for prompt in prompts for token in prompt):
+            raise UserError(
+                f"A prompt has a token that is none of the model's 0 to {vocabulary - 1}: is it its tokenizer?"
+            )
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         device = self.model.device
@@ -106,7 +112,7 @@ class Decoder:
         logits, slots = self._step.read(different, -(-needed // SLOT_STEP) * SLOT_STEP)
         places = {prompt: place for place, prompt in enumerate(different)}
         rows = [places[tuple(prompt)] for prompt in prompts for _ in range(repeats)]
-        lengths = torch.tensor([len(different[row]) for row in rows], device=self.model.device)
+        index = torch.tensor(rows, device=self.model.device)
         if rows != list(range(len(different))):
-            logits, slots = logits[rows], [Slots(*(states[rows] for states in layer)) for layer in slots]
-        return logits, slots, lengths
+            logits, slots = logits[index], [Slots(*(states[index] for states in layer)) for layer in slots]
+        return logits, slots, torch.tensor([len(different[row]) for row in rows], device=self.model.device)

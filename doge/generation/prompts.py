@@ -14,7 +14,7 @@ Prompt = Sequence[int]
 
 
 def read_prompts(model: DogeForCausalLM, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-    """Logits of the next tokens, (prompts, vocab_size), and every layer's slots, a row for each prompt.
+    """Logits of the next tokens, (prompts, vocab_size) float32, and every layer's slots, a row for each prompt.
 
     Slots are filled in the order of the tokens until the window is full; those left empty hold anything, with a bias of
     minus infinity.
@@ -40,11 +40,13 @@ def read_prompts(model: DogeForCausalLM, prompts: Sequence[Prompt], slots: int) 
 
 def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     group: list[Prompt] = []
+    tokens = 0
     for prompt in prompts:
-        if group and sum(map(len, group)) + len(prompt) > TOKENS_TOGETHER:
+        if group and tokens + len(prompt) > TOKENS_TOGETHER:
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(prompt)
+        tokens += len(prompt)
     yield group
 
 
@@ -57,7 +59,7 @@ def _read_together(model: DogeForCausalLM, prompts: list[Prompt], slots: int) ->
         ids.to(model.device), position_ids=positions[None].to(model.device), past_key_values=cache, use_cache=True,
         logits_to_keep=lengths.cumsum(0).to(model.device) - 1,
     )  # fmt: skip
-    return output.logits[0], cache.found
+    return output.logits[0].float(), cache.found
 
 
 class _PromptCache(DogeCache):
@@ -81,6 +83,7 @@ class _PromptCache(DogeCache):
         self._source = (starts + torch.minimum(place, ends[:, None] - 1))[:, None]  # of each slot, in the packed row
         self._starts = starts.flatten().tolist()
 
+    @torch.no_grad()
     def fill(self, key, value, bias, order, layer_idx: int) -> None:
         """See `DogeCacheLayer.fill`; of one row."""
         kv_heads = bias.shape[1]

@@ -85,14 +85,31 @@ def test_the_library_computes_what_torch_does(rows, forced, dtype, int8):
         assert (ours - theirs).abs().mean() < 0.03 * theirs.std()
 
 
+@pytest.fixture
+def two_threads():
+    """So that some hundred tokens are several chunks of what a thread reads at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("read", [CpuStep.read, TorchStep.read])
-@pytest.mark.parametrize("lengths", [(1, 300, 5, 700), (41, 3, 17, 60)])
-def test_prompts_are_read_as_if_alone(monkeypatch, lengths, read):
-    monkeypatch.setattr(prompts, "TOKENS_TOGETHER", 64)  # in three forwards
+@pytest.mark.parametrize(
+    ("lengths", "shared"), [((1, 300, 5, 700), 0), ((41, 3, 17, 60, 24, 25), 0), ((2, 400, 30), 300)]
+)
+def test_prompts_are_read_as_if_alone(monkeypatch, two_threads, lengths, shared, read, layers):
+    monkeypatch.setattr(prompts, "TOKENS_TOGETHER", 64)  # in several forwards
     window = 2048 if max(lengths) > 100 else 24
-    model = tiny_model(window=window, vocab_size=1024)  # no token twice: two would tie for the window
+    model = tiny_model(window=window, vocab_size=1024, num_hidden_layers=layers)
     decoder = Decoder(model, compile=read is CpuStep.read)
-    rows = [torch.randperm(1000)[:length].tolist() for length in lengths]
+    torch.manual_seed(0)
+    beginning, *ends = torch.randperm(1000)[None].repeat(1 + len(lengths), 1).split(1)
+    ends = [end[0, shared:][torch.randperm(1000 - shared)] for end in ends]  # no token of a row twice: two would tie
+    rows = [
+        [*beginning[0, :shared].tolist(), *end[:length].tolist()] for end, length in zip(ends, lengths, strict=True)
+    ]
     with torch.no_grad():
         logits, slots = read(decoder._step, rows, 768)
         for number, row in enumerate(rows):
@@ -108,12 +125,20 @@ def test_prompts_are_read_as_if_alone(monkeypatch, lengths, read):
 
 def test_what_prompts_begin_with_is_read_once(monkeypatch):
     model, (prefix, *rests) = tiny_model(), prompts_of(30, 1, 5, 9)
-    decoder, read, rows = Decoder(model), CpuStep._read, []
-    monkeypatch.setattr(CpuStep, "_read", lambda step, given, *others: rows.append(given) or read(step, given, *others))
+    decoder, advance, rows = Decoder(model), CpuStep._advance, []
+    monkeypatch.setattr(
+        CpuStep, "_advance", lambda step, given, *others: rows.append(given) or advance(step, given, *others)
+    )
     given = [prefix + rest for rest in rests]
     assert decoder.generate(given, NEW, eos_token_id=-1) == [generated(model, prompt) for prompt in given]
     assert list(rows[0][0][:30]) == prefix
     assert sum(map(len, rows[1])) <= 1 + 5 + 9
+
+
+def test_a_prompt_longer_than_the_window_changes_no_other():
+    decoder, (long, short) = Decoder(tiny_model(window=16), int8=True), prompts_of(40, 5)
+    alone = decoder._step.read([short], 64)[0]
+    assert torch.equal(decoder._step.read([long, short], 64)[0][1:], alone)
 
 
 def test_int8_costs_little():
@@ -231,6 +256,27 @@ def test_nothing_to_go_on_from_or_to_is_one_sentence():
     for given in ([], [[3, 4], []]):
         with pytest.raises(UserError, match="at least one token"):
             decoder.generate(given, 3)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("token", [-1, 128])
+def test_a_token_of_another_vocabulary_is_one_sentence(token, compile):
+    with pytest.raises(UserError, match="none of the model's 0 to 127"):
+        Decoder(tiny_model(), compile).generate([[3], [4, token, 5]], 3)
+
+
+def test_another_default_device_is_no_matter():
+    decoder, given = Decoder(tiny_model()), prompts_of(3, 5)
+    expected = decoder.generate(given, 5)
+    with torch.device("meta"):
+        assert decoder.generate(given, 5) == expected
+
+
+def test_an_odd_size_is_left_to_torch():
+    model, given = tiny_model(intermediate_size=97), prompts_of(3, 9, 4, 8, 1)
+    assert not CpuStep.supports(model, [LayerWeights.of(layer) for layer in model.model.layers])
+    decoder = Decoder(model, compile=False)
+    assert decoder.generate(given, 5, eos_token_id=-1) == [generated(model, prompt, 5) for prompt in given]
 
 
 def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path, caplog):
