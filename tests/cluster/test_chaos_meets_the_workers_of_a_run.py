@@ -81,10 +81,11 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def command(*arguments: str):
-    """The command, under way."""
+    """The command, under way; it hears Ctrl-C even where the tests run in a shell's background, which ignores it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.chaos", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "cluster.chaos", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         yield process
     finally:
