@@ -1,6 +1,7 @@
 """The search for the largest micro-batch, with an imagined memory, and what is remembered of it."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from doge.storage import Storage
 CIRCUMSTANCES = {"device": "NVIDIA GeForce RTX 4090", "sequence_length": 2048, "zero_stage": 1}
 
 
-@settings(max_examples=20, deadline=None)  # each size that does not fit costs a garbage collection
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 300))
 def test_it_finds_the_largest_that_fits_in_few_tries(largest, most):
     tries = []
@@ -23,7 +24,8 @@ def test_it_finds_the_largest_that_fits_in_few_tries(largest, most):
         if size > largest:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    assert find_micro_batch(try_step, most) == min(largest, most)
+    with mock.patch("gc.collect"):  # half a second a size, late in a process of a thousand tests
+        assert find_micro_batch(try_step, most) == min(largest, most)
     assert len(tries) == len(set(tries)) <= 2 * min(largest, most).bit_length() + 2
     assert max(tries) <= most
 
