@@ -43,7 +43,7 @@ def small_recipe(storage: Path, texts: dict[str, str], **changes) -> Recipe:
             "max_steps": 50, "global_batch_size": 8, "micro_batch_size": 2, "eval_steps": 20, "save_steps": 10,
             "logging_steps": 10, "record_samples": True,
         },
-        "scaling": {"num_workers": 2},
+        "scaling": {"num_workers": 2, "warm_spares": 0},  # half of what a short run costs is to start its processes
     }  # fmt: skip
     return from_dict(Recipe, _merge(values, changes))
 

@@ -31,7 +31,7 @@ def at_step(recipe, step: int, act) -> threading.Thread:
 
 def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster, texts, tmp_path, capsys):
     """The run stands still while its worker does, so that the second driver certainly meets it."""
-    recipe = small_recipe(tmp_path, texts, scaling={"num_workers": 2, "hang_timeout_s": HANG_SECONDS})
+    recipe = small_recipe(tmp_path, texts, scaling={"warm_spares": 1, "hang_timeout_s": HANG_SECONDS})
     refusals = []
 
     def disturb() -> None:

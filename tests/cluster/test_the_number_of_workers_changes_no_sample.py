@@ -51,7 +51,7 @@ def test_one_two_and_three_workers_have_the_same_losses(runs):
 
 def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_factory, capsys):
     """SIGKILL in the middle, between two checkpoints: the run ends by itself, equal to the last digit."""
-    recipe = small_recipe(tmp_path_factory.mktemp("killed"), texts, scaling=EQUAL)
+    recipe = small_recipe(tmp_path_factory.mktemp("killed"), texts, scaling=EQUAL | {"warm_spares": 1})
     killed = []
 
     def kill_at(step: int) -> None:

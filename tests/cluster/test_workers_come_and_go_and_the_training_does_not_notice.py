@@ -35,6 +35,7 @@ def elastic_recipe(storage, texts, workers):
         "num_cpus_per_worker": 0,
         "resources_per_worker": {"seat": 1},
         "hang_timeout_s": 300,
+        "warm_spares": int(workers != 1),
     }
     return small_recipe(storage, texts, training=training, scaling=scaling)
 
