@@ -24,7 +24,7 @@ def main() -> None:
             axes.text(share + 0.01, place + offset, f"{row[side]:,.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)], fontsize=9)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0, 1.12)
+    axes.set_xlim(0, 1.12 * max(1, *(row["ours"] / row["floor"] for row in rows)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.set_xlabel("share of what the machine's memory or its best product allows (numbers: tokens/s)")
     axes.legend(loc="lower right", frameon=False)

@@ -1,12 +1,17 @@
 """Dynamic mask attention as one function, and which backend computes it where."""
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 
 from doge.attention.cpu import cpu_attention
 from doge.attention.stock import stock_attention
-from doge.attention.triton_kernel import supports, triton_attention
+from doge.attention.triton_kernel import refusal, triton_attention
 from doge.attention.window import KeyWindow, lifetimes
+
+_log = logging.getLogger(__name__)
 
 
 def dynamic_mask_attention(
@@ -42,11 +47,24 @@ def dynamic_mask_attention(
     if isinstance(window, int):
         window = KeyWindow(window)
     order = order[:, None] if order is not None and document_ends is None else None  # for every key-value head
-    if query.device.type == "cuda" and not dropout_p and supports(query):
+    if query.device.type == "cuda" and not dropout_p and _kernels_take(query.device, query.dtype, query.shape[-1]):
         return _triton_attention(query, key, value, bias, lifetimes(bias, window, document_ends, order))
     if query.device.type == "cpu" and not dropout_p:
         return cpu_attention(query, key, value, bias, window, document_ends, order)
     return stock_attention(query, key, value, bias, window, document_ends, order, dropout_p)
+
+
+@torch.compiler.assume_constant_result  # a compiled layer asks once, and its graph holds nothing of the question
+def _kernels_take(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    reason = refusal(device, dtype, head_dim)
+    if reason is not None:
+        _say(reason)
+    return reason is None
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    _log.warning("The attention kernels cannot run here (%s): PyTorch computes the same more slowly.", reason)
 
 
 # To torch.compile the kernels are no part of a graph: it would trace their autograd.Function.

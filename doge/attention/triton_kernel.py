@@ -40,14 +40,22 @@ def supports(query: torch.Tensor) -> bool:
 
     They run on NVIDIA GPUs of compute capability 8.0 or later, and on the CPU, slowly, under `TRITON_INTERPRET=1`.
     """
-    head_dim = query.shape[-1]
-    if triton is None or not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
-        return False
+    return refusal(query.device, query.dtype, query.shape[-1]) is None
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels do not take such queries; None if they do."""
+    if triton is None:
+        return "Triton is not installed"
+    if not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
+        return f"head_dim is {head_dim}, and they take 16, 32, 64, 128 and 256"
     if triton.knobs.runtime.interpret:  # its products of bfloat16 are wrong
-        return query.dtype in (torch.float16, torch.float32)
-    if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    return query.is_cuda and torch.version.hip is None and _capability(query.device)[0] >= 8
+        return None if dtype in (torch.float16, torch.float32) else f"Triton's interpreter has no {dtype}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"they do not take {dtype}"
+    if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] < 8:
+        return "they need an NVIDIA GPU of compute capability 8.0 or later"
+    return None
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Triton's interpreter runs them on the CPU, in a process of its own: the switch h
 """
 
 import itertools
+import logging
 import math
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from doge.attention import KeyWindow, dynamic_mask_attention, key_expiry, lifetimes, triton_kernel
+from doge.attention import KeyWindow, dynamic_mask_attention, functional, key_expiry, lifetimes, triton_kernel
 from doge.attention.layer import PADDED_KEY_BIAS
 from doge.attention.triton_kernel import Blocks, supports, triton_attention
 
@@ -41,6 +42,26 @@ def test_it_declines_what_no_kernel_takes():
         with pytest.raises(ValueError, match="head_dim"):
             triton_attention(states, states, states, states[..., 0], None)
     assert supports(torch.zeros(1, 1, 4, 64)) == (INTERPRETED and triton_kernel.triton is not None)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"),
+    [(48, torch.float16, "head_dim is 48"), (64, torch.float64, "torch.float64"), (64, torch.float16, "NVIDIA GPU")],
+)
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
+def test_why_they_decline_is_said_once_and_breaks_no_graph(head_dim, dtype, reason, caplog):
+    functional._say.cache_clear()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def ask(states):
+        return states + functional._kernels_take(states.device, states.dtype, states.shape[-1])
+
+    with caplog.at_level(logging.WARNING, "doge"):
+        for batch in (1, 2, 3):
+            assert not ask(torch.zeros(batch, head_dim, dtype=dtype)).any()
+    assert [reason in record.message for record in caplog.records] == [True]
 
 
 def dense_attention(query, key, value, bias, expiry):
