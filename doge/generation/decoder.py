@@ -89,7 +89,7 @@ class Decoder:
         if not prompts or not all(prompts):
             raise UserError("There is nothing to go on from: give prompts of at least one token each.")
         vocabulary = self.config.vocab_size
-        if not all(0 <= token < vocabulary for prompt in prompts for token in prompt):
+        if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= vocabulary:
             raise UserError(
                 f"A prompt has a token that is none of the model's 0 to {vocabulary - 1}: is it its tokenizer?"
             )
