@@ -10,7 +10,6 @@ how much higher its peak rises.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ def measure_memory(side: str, args: argparse.Namespace) -> int:
     model, batch = build_side(side, args)
     before = resident_bytes()
     train_step(model, batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_bytes("VmHWM") - before
 
 
 def main() -> None:
@@ -41,6 +40,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--document-length", type=int, default=500, help="tokens, about (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="both with torch.compile")
     parser.add_argument("--memory-of", choices=["dense", "moe"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -54,6 +54,11 @@ def main() -> None:
         growth[side] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
     built = {side: build_side(side, args) for side in sides}
+    if args.compile:
+        from doge.compilation import compile_layers
+
+        for model, _ in built.values():
+            compile_layers(model)
     seconds = {side: [] for side in sides}
     for round_number in range(-2, args.rounds):
         for side in sides:

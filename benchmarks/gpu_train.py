@@ -8,7 +8,8 @@ Ours is the engine of the trainer, as it trains: bf16, AdamW, clipping, compiled
 micro-batches as large as the probe finds. Stock is transformers' `DogeForCausalLM` (dense ones only) under
 torch.compile with fused AdamW on the same tokens without boundaries, its micro-batch halved from ours until it fits.
 The two take turns, a step each, and medians are compared. MFU counts 6 operations a parameter and token and the
-attention over the peak of the GPU in bf16. The last line is one JSON object.
+attention within documents (a run's own `mfu` counts it over the sequence) over the peak of the GPU in bf16. Stock MoE
+models route otherwise and are left out. The last line is one JSON object.
 """
 
 import argparse
@@ -76,7 +77,7 @@ class Stock:
 
 
 def fitting_stock(preset: str, device: torch.device, micro_batch: int, args: argparse.Namespace) -> Stock | None:
-    """Stock with the largest half, quarter, … of ours that fits; None where none does or it cannot be compiled."""
+    """Stock with the largest half, quarter, … of ours that fits; None, said, where none does or it does not run."""
     while micro_batch:
         try:
             stock = Stock(preset, device, micro_batch, args)
@@ -85,7 +86,22 @@ def fitting_stock(preset: str, device: torch.device, micro_batch: int, args: arg
         except torch.OutOfMemoryError:
             stock, micro_batch = None, micro_batch // 2
             torch.cuda.empty_cache()
+        except Exception as error:  # the other models can still be measured
+            print(f"stock {preset} does not run: {' '.join(str(error).split())[:160]}", file=sys.stderr)
+            return None
+    print(f"stock {preset} does not fit", file=sys.stderr)
     return None
+
+
+def warmed_up(side, device: torch.device, held: int = 0) -> float:
+    """GiB at the peak of some steps, without what others ``held``."""
+    from doge.hardware import peak_memory_bytes
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARM_UP):
+        side.step()
+    return (peak_memory_bytes(device) - held) / 2**30
 
 
 def seconds_of(side, device: torch.device) -> float:
@@ -99,39 +115,36 @@ def seconds_of(side, device: torch.device) -> float:
 
 
 def measure(preset: str, device: torch.device, peak_tflops: float | None, args: argparse.Namespace) -> dict[str, float]:
-    """A line of the table, printed, and its figures."""
+    """The lines of a model in the table, printed, and their figures."""
     from doge.configuration import flops_per_token, num_parameters
-    from doge.hardware import peak_memory_bytes
 
     ours = Ours(preset, device, args)
-    sides = {"ours": ours}
-    config = ours.engine.module.config
-    for _ in range(WARM_UP):
-        ours.step()
-    memory = peak_memory_bytes(device) / 2**30
+    config, sides = ours.engine.module.config, {"ours": ours}
+    memory = {"ours": warmed_up(ours, device)}
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     stock = None if "MoE" in preset or args.no_stock else fitting_stock(preset, device, ours.micro_batch, args)
     if stock is not None:
-        sides["stock"] = stock
-        for _ in range(WARM_UP):
-            stock.step()
+        sides["stock"], memory["stock"] = stock, warmed_up(stock, device, held)
     seconds = {side: [] for side in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
             seconds[name].append(seconds_of(side, device))
-    speeds = {
-        name: side.micro_batch * args.sequence_length / statistics.median(seconds[name]) for name, side in sides.items()
-    }
     per_token = flops_per_token(config, min(args.document_length, args.sequence_length))
-    mfu = speeds["ours"] * per_token / (peak_tflops * 1e12) if peak_tflops else math.nan
-    ratio = speeds["ours"] / speeds["stock"] if "stock" in speeds else math.nan
-    print(
-        f"{preset:14}{num_parameters(config) / 1e6:8.0f}M{speeds['ours']:12,.0f}{mfu:8.1%}{memory:8.1f}"
-        f"{ours.micro_batch:8}{speeds.get('stock', math.nan):12,.0f}{ratio:8.2f}",
-        flush=True,
-    )
+    figures, short = {}, preset.removeprefix("Doge-").replace("-", "_").lower()
+    for name, side in sides.items():
+        speed = side.micro_batch * args.sequence_length / statistics.median(seconds[name])
+        mfu = speed * per_token / (peak_tflops * 1e12) if peak_tflops else math.nan
+        print(
+            f"{preset if name == 'ours' else '  stock':14}{num_parameters(config) / 1e6:8.0f}M{speed:12,.0f}{mfu:8.1%}"
+            f"{memory[name]:8.1f}{side.micro_batch:8}",
+            flush=True,
+        )
+        suffix = short if name == "ours" else f"stock_{short}"
+        figures |= {f"tokens_per_s_{suffix}": speed, f"mfu_{suffix}": mfu, f"gib_{suffix}": memory[name]}
+        figures[f"micro_batch_{suffix}"] = side.micro_batch
+    if stock is not None:
+        figures[f"ratio_{short}"] = figures[f"tokens_per_s_{short}"] / figures[f"tokens_per_s_stock_{short}"]
     ours.engine.close()
-    name = preset.removeprefix("Doge-").replace("-", "_").lower()
-    figures = {f"tokens_per_s_{name}": speeds["ours"], f"mfu_{name}": mfu, f"ratio_{name}": ratio}
     return {key: round(value, 4) for key, value in figures.items() if not math.isnan(value)}
 
 
@@ -157,7 +170,7 @@ def main() -> None:
     process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), device)
     peak = peak_tflops(device)
     print(f"{device_name(device)}, peak {peak or math.nan:g} TFLOP/s in bf16, 1 x {args.sequence_length} a sequence")
-    print(f"{'':14}{'params':>9}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'micro':>8}{'stock':>12}{'ratio':>8}")
+    print(f"{'':14}{'params':>9}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'micro':>8}")
     result: dict[str, float] = {}
     try:
         for preset in args.presets:

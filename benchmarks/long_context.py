@@ -1,11 +1,11 @@
-"""One layer's worth of long sequences: forward and backward of Doge-20M against transformers', beyond the window.
+"""Long sequences: forward and backward of Doge-20M against transformers', beyond the window.
 
     python benchmarks/long_context.py --lengths 2048 4096 8192 16384
 
 fp32, 1 x T, `keep_window_size` 2048, distinct random tokens. Both sides take turns at each length and the medians are
 compared; memory is the rise of the peak resident set over one step, in a fresh process each, and its growth exponent is
-the slope of log memory over log length, fitted. transformers materialises masks of T x T and is left out where it needs
-more memory than there is. The outputs of one layer must agree within 1e-4, but for the queries whose window rounding
+the slope of log memory over log length, fitted. transformers materialises masks of T x T and is left out
+beyond --slow-limit. The outputs of one layer must agree within 1e-4, but for the queries whose window rounding
 decides: its last key and the first one out of it have biases that are equal to float32's last digits (one layer,
 because what such a query sees would go on into the next). The last line is one JSON object.
 """

@@ -134,7 +134,6 @@ class Reader:
         self._order = self.plan.order(self._catalog)
         self._shards: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
         self._lock = threading.RLock()
-        self.waited_seconds = 0.0  # over all reads: input starvation
 
     def read(self, start: int, stop: int) -> Batch:
         """Training sequences ``[start, stop)`` by global index, waiting for those that are not prepared yet.
@@ -172,7 +171,6 @@ class Reader:
                     told = waited
                     self._on_wait(f"Waiting for data: {missing} ({waited:.0f} s so far).")
                 time.sleep(self._poll)
-                self.waited_seconds += self._poll
         return None
 
     def _raise_failure(self) -> None:

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch.
+"""Next-token cross-entropy that holds the logits of some tokens at a time.
 
 A vocabulary of 32,768 makes the logits of 2,048 tokens 268 MB in float32, more than everything else in the smallest
 model. Here a chunk of tokens at a time is projected, its loss and its gradients with respect to the hidden states and

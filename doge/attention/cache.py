@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import Cache, DogeConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from doge.attention.window import KeyWindow, kept_keys, key_expiry
+from doge.attention.window import KeyWindow, kept_keys, key_expiry, take_keys
 
 FIRST_SLOTS = 64
 QUERY_CHUNK = 512  # queries masked at a time where several continue a cache
@@ -29,13 +29,12 @@ class Slots(NamedTuple):
 
 
 class DogeCache(Cache):
-    """The cache of a Doge model, for `generate(past_key_values=...)` and for the lean path of `doge.generation`.
+    """The cache of a Doge model, for `generate(past_key_values=...)`; `doge.generation` has the slots without it.
 
     No gradient flows into it, and what it has forgotten cannot be cropped back.
 
     Args:
         config: of the model.
-        slots: that each head has from the start, to be at most `keep_window_size`; by default as many as are needed.
 
     Attributes:
         packs_documents: whether it may be filled with documents packed in one row.
@@ -43,9 +42,8 @@ class DogeCache(Cache):
 
     packs_documents: bool = False
 
-    def __init__(self, config: DogeConfig, slots: int | None = None):
-        window = KeyWindow.of(config)
-        super().__init__(layers=[DogeCacheLayer(window, slots) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: DogeConfig):
+        super().__init__(layers=[DogeCacheLayer(KeyWindow.of(config)) for _ in range(config.num_hidden_layers)])
 
     def fill(self, key, value, bias, order, layer_idx: int) -> None:
         """See `DogeCacheLayer.fill`."""
@@ -70,9 +68,9 @@ class DogeCacheLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, window: KeyWindow, slots: int | None = None):
+    def __init__(self, window: KeyWindow):
         super().__init__()
-        self.window, self._slots = window, slots
+        self.window = window
         self.biases: torch.Tensor | None = None
         self.orders: torch.Tensor | None = None
         self.seen = 0
@@ -92,7 +90,7 @@ class DogeCacheLayer(CacheLayerMixin):
         """
         order = self._orders(bias, order)
         kept = kept_keys(bias, self.window, order)
-        self._replace(*(_take(states, kept) for states in (key, value, bias, order)))
+        self._replace(*(take_keys(states, kept) for states in (key, value, bias, order)))
         self.seen = bias.shape[2]
 
     def attend(self, query, key, value, bias, order: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +116,7 @@ class DogeCacheLayer(CacheLayerMixin):
     def _attend_several(self, query, key, value, bias, order) -> torch.Tensor:
         number = min(self.seen - query.shape[2], self.keys.shape[2])  # of slots that are taken
         by_order = self.orders.argsort(dim=-1)[..., self.keys.shape[2] - number :]
-        slots = (_take(states, by_order) for states in (self.keys, self.values, self.biases, self.orders))
+        slots = (take_keys(states, by_order) for states in (self.keys, self.values, self.biases, self.orders))
         new = (key, value, bias, order)
         keys, values, biases, orders = (torch.cat(pair, dim=2) for pair in zip(slots, new, strict=True))
         expiry = key_expiry(biases, self.window, orders)
@@ -131,7 +129,7 @@ class DogeCacheLayer(CacheLayerMixin):
             chunks.append(_attend(part, keys, values, mask))
         with torch.no_grad():
             kept = kept_keys(biases, self.window, orders)
-            self._replace(*(_take(states, kept) for states in (keys, values, biases, orders)))
+            self._replace(*(take_keys(states, kept) for states in (keys, values, biases, orders)))
         return torch.cat(chunks, dim=1)
 
     def _orders(self, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -148,8 +146,8 @@ class DogeCacheLayer(CacheLayerMixin):
             self._grow(min(max(needed, 2 * slots), self.window.size) - slots)
 
     def _replace(self, keys, values, biases, orders) -> None:
-        """Hold these, and as many empty slots as there were or were asked for."""
-        slots = self.keys.shape[2] if self.is_initialized else self._slots or FIRST_SLOTS
+        """Hold these, and as many empty slots as there were."""
+        slots = self.keys.shape[2] if self.is_initialized else FIRST_SLOTS
         self.keys, self.values, self.biases, self.orders = keys, values, biases, orders
         self.is_initialized = True
         self._grow(max(0, min(slots, self.window.size) - keys.shape[2]))
@@ -239,10 +237,3 @@ def _attend(query, keys, values, mask) -> torch.Tensor:
     mask = mask[:, :, None].expand(-1, -1, heads // keys.shape[1], queries, -1).flatten(2, 3)
     output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=head_dim**-0.5)
     return output.view(batch, heads, queries, head_dim).transpose(1, 2)
-
-
-def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Along the keys: (batch, kv_heads, keys, ...) and (batch, kv_heads, n) -> (batch, kv_heads, n, ...)."""
-    if states.ndim == 4:
-        index = index[..., None].expand(-1, -1, -1, states.shape[-1])
-    return states.gather(2, index)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from doge.attention.folding import extend_query, fold_bias, num_extra_channels, pad_channels
 from doge.attention.stock import document_lengths
-from doge.attention.window import KeyWindow, key_expiry
+from doge.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
 QUERY_CHUNK = 256  # queries beyond the window that attend together: to no more than window + QUERY_CHUNK keys
 
@@ -122,7 +122,7 @@ class _Piece:
         for states in (key, value):
             found = states[:, :, self.start : self.stop]
             if self.left is not None:
-                found = torch.cat([states.gather(2, self._index(states)), found], dim=2)
+                found = torch.cat([take_keys(states, self.left), found], dim=2)
             groups = query.shape[1] // found.shape[1]
             yield found[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
@@ -142,10 +142,7 @@ class _Piece:
             part = part.unflatten(1, (grad.shape[1], -1)).sum(2)
             grad[:, :, self.start : self.stop] += part[:, :, -number:]
             if self.left is not None:
-                grad.scatter_add_(2, self._index(grad), part[:, :, :-number])
-
-    def _index(self, states: Tensor) -> Tensor:
-        return self.left[..., None].expand(-1, -1, -1, states.shape[-1])
+                grad.scatter_add_(2, self.left[..., None].expand_as(part[:, :, :-number]), part[:, :, :-number])
 
 
 def _prepare(query, key, value, bias, document_ends, order, window) -> tuple[list[Tensor], list[_Piece]]:
@@ -170,13 +167,12 @@ def _pieces(bias: Tensor, window: KeyWindow, documents: list[int], order: Tensor
         yield _Piece(begin, full)
         if full == end:
             continue
-        expiry = key_expiry(bias[..., begin:end], window, order) + begin
+        expiry = key_expiry(bias[..., begin:end], window, order)
         for start in range(full, end, QUERY_CHUNK):
             stop = min(start + QUERY_CHUNK, end)
-            before = expiry[..., : start - begin]
-            left = (before >= start).nonzero()[:, -1].view(*before.shape[:2], window.size)
-            lives = torch.cat([before.gather(2, left), expiry[..., start - begin : stop - begin]], dim=-1)
-            yield _Piece(start, stop, left + begin, lives)
+            left = survivors(expiry, start - begin, window.size)
+            lives = torch.cat([take_keys(expiry, left), expiry[..., start - begin : stop - begin]], dim=-1)
+            yield _Piece(start, stop, left + begin, lives + begin)
 
 
 def _end_to_end(stream: Tensor) -> Tensor:

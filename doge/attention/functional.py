@@ -6,10 +6,15 @@ import logging
 import torch
 import torch.nn.functional as F
 
+from doge.attention.chunks import attend_in_chunks
 from doge.attention.cpu import cpu_attention
 from doge.attention.stock import stock_attention
 from doge.attention.triton_kernel import refusal, triton_attention
 from doge.attention.window import KeyWindow, lifetimes
+
+# Times the window: the kernels visit a block of keys until all of them have expired, which is half of the sequence a
+# query, or nearly. From here on the gathered keys, with as many queries for nothing, are fewer.
+FAR = 4
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ def dynamic_mask_attention(
 ) -> torch.Tensor:
     """Causal dynamic mask attention over whole sequences, each document seeing only itself.
 
-    Memory is linear in the length, time linear in length times window, with either backend; see `doge.attention`.
+    Memory is linear in the length, time linear in length times window, with every backend; see `doge.attention`.
 
     Args:
         query: (batch, heads, seq, head_dim), rotated.
@@ -48,7 +53,7 @@ def dynamic_mask_attention(
         window = KeyWindow(window)
     order = order[:, None] if order is not None and document_ends is None else None  # for every key-value head
     if query.device.type == "cuda" and not dropout_p and _kernels_take(query.device, query.dtype, query.shape[-1]):
-        return _triton_attention(query, key, value, bias, lifetimes(bias, window, document_ends, order))
+        return _by_kernels(query, key, value, bias, lifetimes(bias, window, document_ends, order), window.size)
     if query.device.type == "cpu" and not dropout_p:
         return cpu_attention(query, key, value, bias, window, document_ends, order)
     return stock_attention(query, key, value, bias, window, document_ends, order, dropout_p)
@@ -67,8 +72,11 @@ def _say(reason: str) -> None:
     _log.warning("The attention kernels cannot run here (%s): PyTorch computes the same more slowly.", reason)
 
 
-# To torch.compile the kernels are no part of a graph: it would trace their autograd.Function.
-_triton_attention = torch.compiler.disable(triton_attention)
+@torch.compiler.disable  # it would trace the kernels' autograd.Function
+def _by_kernels(query, key, value, bias, expiry, window: int) -> torch.Tensor:
+    if expiry is None or query.shape[2] <= FAR * window:
+        return triton_attention(query, key, value, bias, expiry)
+    return attend_in_chunks(triton_attention, query, key, value, bias, expiry, window)
 
 
 def document_ends(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from doge.attention.folding import extend_query, fold_bias, pad_channels
-from doge.attention.window import KeyWindow, key_expiry
+from doge.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
 QUERY_CHUNK = 512  # queries masked at a time beyond the window: memory is QUERY_CHUNK x keys, not queries x keys
 
@@ -50,7 +50,7 @@ def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
     expiry = key_expiry(bias[..., 0], window, order)
     chunks = []
     for start in range(0, seq, QUERY_CHUNK):
-        inputs = (query[:, :, start : start + QUERY_CHUNK], key, value, expiry, start, options)
+        inputs = (query[:, :, start : start + QUERY_CHUNK], key, value, expiry, start, window.size, options)
         if torch.is_grad_enabled():  # otherwise every chunk's mask would be kept for the backward pass
             chunks.append(checkpoint(_attend_interval, *inputs, use_reentrant=False))
         else:
@@ -58,11 +58,15 @@ def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
     return torch.cat(chunks, dim=2).transpose(1, 2)
 
 
-def _attend_interval(query, key, value, expiry, first, options):
-    """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j`."""
+def _attend_interval(query, key, value, expiry, first, window, options):
+    """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j`: those left and their own."""
     stop = first + query.shape[2]
+    j = torch.arange(stop, device=query.device).expand(*expiry.shape[:2], -1)
+    if first > window:
+        j = torch.cat([survivors(expiry, first, window), j[..., first:]], dim=-1)
     i = torch.arange(first, stop, device=query.device)[:, None]
-    visible = (torch.arange(stop, device=query.device) <= i) & (i < expiry[:, :, None, :stop])
+    visible = (j[:, :, None] <= i) & (i < take_keys(expiry, j)[:, :, None])
     if visible.shape[1] > 1:
         visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
-    return F.scaled_dot_product_attention(query, key[:, :, :stop], value[:, :, :stop], attn_mask=visible, **options)
+    key, value = take_keys(key, j), take_keys(value, j)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, **options)

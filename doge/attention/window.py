@@ -106,6 +106,23 @@ def lifetimes(
     return expiry
 
 
+def take_keys(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of some keys: (batch, kv_heads, keys, ...) and (batch, kv_heads, n) -> (batch, kv_heads, n, ...)."""
+    return states.gather(2, index if states.ndim == 3 else index[..., None].expand(-1, -1, -1, states.shape[-1]))
+
+
+def survivors(expiry: torch.Tensor, start: int, number: int) -> torch.Tensor:
+    """The keys before ``start`` that its query may still see, oldest first and filled up with some that are gone.
+
+    Args:
+        expiry: (..., seq), see `lifetimes`; at most ``number`` of the keys before outlive ``start``.
+
+    Returns:
+        (..., number) int64 indices.
+    """
+    return (expiry[..., :start] <= start).sort(dim=-1, stable=True).indices[..., :number]
+
+
 def kept_keys(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
     """The keys that the newest query sees, oldest first: (..., min(seq, W)) int64 indices.
 

@@ -61,7 +61,8 @@ class _Model(Structure):
 class CpuStep:
     """See `TorchStep`, whose results are these; the logits are float32.
 
-    In bfloat16, four rows and more are rounded to it before each product, as PyTorch rounds all; fewer stay float32.
+    In bfloat16, where the processor multiplies pairs of it, the states of four rows and more are rounded to it before
+    each product, as PyTorch rounds all; otherwise they stay float32.
     """
 
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):

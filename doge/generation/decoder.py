@@ -22,7 +22,7 @@ class Decoder:
     Args:
         model: on its device, in the precision to decode in; it is not changed.
         compile: the step, where this machine can: as a C++ library on a CPU, with torch.compile elsewhere and for
-            experts.
+            experts, but for int8.
         int8: keep the matrices as int8 with a scale per row, a quarter of float32's bytes; a little less exact. Prompts
             longer than the window, and all where PyTorch computes, are read with the model's own.
     """

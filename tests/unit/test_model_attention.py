@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import logits_of, tiny_model, tokens
 
-from doge.attention import KeyWindow, cpu, document_ends, dynamic_mask_attention, kept_keys, key_expiry, stock
+from doge.attention import (
+    KeyWindow,
+    chunks,
+    cpu,
+    document_ends,
+    dynamic_mask_attention,
+    kept_keys,
+    key_expiry,
+    lifetimes,
+    stock,
+)
 
 
 def defined_attention(query, key, value, bias, window):
@@ -109,6 +119,35 @@ def test_one_token_of_one_head_attends_to_itself(documents):
     inputs = random_inputs(1, batch=1, heads=1, kv_heads=1)
     output = on_the_cpu(*inputs, window=4, documents=documents)
     torch.testing.assert_close(output[0, 0, 0], inputs[2][0, 0, 0])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("documents", [None, [66, 33, 3, 30]])
+def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads):
+    """With a kernel that knows whole sequences only."""
+    lengths = []
+
+    def attend(query, key, value, bias, expiry):
+        seq = query.shape[2]
+        lengths.append(seq)
+        i, j = torch.arange(seq)[:, None], torch.arange(seq)
+        mask = torch.where((j <= i) & (i < expiry[:, :, None]), bias[:, :, None], -math.inf)
+        groups = query.shape[1] // key.shape[1]
+        key, value, mask = (states.repeat_interleave(groups, dim=1) for states in (key, value, mask))
+        mask = mask.masked_fill(mask.isneginf().all(-1, keepdim=True), 0)  # where a query sees nothing, as the kernel
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+    inputs, window = random_inputs(66, kv_heads=kv_heads), 7
+    expiry = lifetimes(inputs[3], KeyWindow(window), ends_of(documents, batch=2))
+    results = []
+    for output in (
+        chunks.attend_in_chunks(attend, *inputs, expiry, window),
+        defined_for_documents(*inputs, window, documents),
+    ):
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    assert max(lengths) == 2 * window
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])

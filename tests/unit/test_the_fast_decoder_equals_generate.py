@@ -297,9 +297,9 @@ def test_without_a_compiler_the_same_is_computed_and_it_is_said_once(monkeypatch
     cpu_step._library.cache_clear()
     monkeypatch.setattr(cpu_step.shutil, "which", lambda name: None)
     compilation.can_compile.cache_clear()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     torch._dynamo.reset()
-    with fresh_cache(), caplog.at_level(logging.WARNING, "doge"):
+    without = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with without, fresh_cache(), caplog.at_level(logging.WARNING, "doge"):
         assert Decoder(model).generate(prompts, 5) == expected
         assert Decoder(model).generate(prompts, 5) == expected
     compilation.can_compile.cache_clear()
