@@ -10,16 +10,26 @@ from doge.attention.window import survivors, take_keys
 
 
 def attend_in_chunks(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, bias: Tensor, expiry: Tensor, window: int
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    expiry: Tensor,
+    window: int,
+    chunk: int,
 ) -> Tensor:
-    """``attend(query, key, value, bias, expiry)``, see `triton_attention`, by chunks of ``window`` queries.
+    """``attend(query, key, value, bias, expiry)``, see `triton_attention`, by chunks of queries.
 
     A chunk meets the at most ``window`` keys that its first query may still see, gathered, and its own. As many queries
     of zeros stand before its own; what they find is dropped.
+
+    Args:
+        chunk: queries of a chunk, no fewer than ``window``.
     """
     outputs = []
-    for start in range(0, query.shape[2], window):
-        own = [states[:, :, start : start + window] for states in (query, key, value, bias, expiry)]
+    for start in range(0, query.shape[2], chunk):
+        own = [states[:, :, start : start + chunk] for states in (query, key, value, bias, expiry)]
         if start == 0:
             outputs.append(attend(*own))
             continue

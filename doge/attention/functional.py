@@ -12,9 +12,10 @@ from doge.attention.stock import stock_attention
 from doge.attention.triton_kernel import refusal, triton_attention
 from doge.attention.window import KeyWindow, lifetimes
 
-# Times the window: the kernels visit a block of keys until all of them have expired, which is half of the sequence a
+# Times a chunk: the kernels visit a block of keys until all of them have expired, which is half of the sequence a
 # query, or nearly. From here on the gathered keys, with as many queries for nothing, are fewer.
 FAR = 4
+QUERY_CHUNK = 1024  # of their queries at least, so that a chunk fills a GPU
 
 _log = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ def _say(reason: str) -> None:
 
 @torch.compiler.disable  # it would trace the kernels' autograd.Function
 def _by_kernels(query, key, value, bias, expiry, window: int) -> torch.Tensor:
-    if expiry is None or query.shape[2] <= FAR * window:
+    chunk = max(window, QUERY_CHUNK)
+    if expiry is None or query.shape[2] <= FAR * chunk:
         return triton_attention(query, key, value, bias, expiry)
-    return attend_in_chunks(triton_attention, query, key, value, bias, expiry, window)
+    return attend_in_chunks(triton_attention, query, key, value, bias, expiry, window, chunk)
 
 
 def document_ends(position_ids: torch.Tensor, batch: int) -> torch.Tensor | None:

@@ -1,15 +1,10 @@
 """On a GPU: packed prompts and the compiled step give the tokens that each prompt would get from `generate` alone."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_models import tiny_model, tokens
 
 from doge.generation import Decoder
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from tiny_models import tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -121,9 +121,10 @@ def test_one_token_of_one_head_attends_to_itself(documents):
     torch.testing.assert_close(output[0, 0, 0], inputs[2][0, 0, 0])
 
 
+@pytest.mark.parametrize("chunk", [7, 10])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("documents", [None, [66, 33, 3, 30]])
-def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads):
+def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads, chunk):
     """With a kernel that knows whole sequences only."""
     lengths = []
 
@@ -141,11 +142,11 @@ def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads):
     expiry = lifetimes(inputs[3], KeyWindow(window), ends_of(documents, batch=2))
     results = []
     for output in (
-        chunks.attend_in_chunks(attend, *inputs, expiry, window),
+        chunks.attend_in_chunks(attend, *inputs, expiry, window, chunk),
         defined_for_documents(*inputs, window, documents),
     ):
         results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-    assert max(lengths) == 2 * window
+    assert max(lengths) == window + chunk
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
