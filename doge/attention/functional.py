@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from doge.attention.chunks import attend_in_chunks
 from doge.attention.cpu import cpu_attention
 from doge.attention.stock import stock_attention
-from doge.attention.triton_kernel import refusal, triton_attention
+from doge.attention.triton_attention import refusal, triton_attention
 from doge.attention.window import KeyWindow, lifetimes
 
 # Times a chunk: the kernels visit a block of keys until all of them have expired, which is half of the sequence a

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from doge.attention import KeyWindow, key_expiry
-from doge.attention.triton_kernel import supports, triton_attention
+from doge.attention.triton_attention import supports, triton_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from doge.attention import KeyWindow, dynamic_mask_attention, functional, key_expiry, lifetimes, triton_kernel
+from doge.attention import KeyWindow, dynamic_mask_attention, functional, key_expiry, lifetimes
+from doge.attention import triton_attention as triton_module
 from doge.attention.layer import PADDED_KEY_BIAS
-from doge.attention.triton_kernel import Blocks, supports, triton_attention
+from doge.attention.triton_attention import Blocks, supports, triton_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(triton_kernel.triton is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(triton_module.triton is None, reason="needs triton")
 interpreted = pytest.mark.skipif(
-    not INTERPRETED or triton_kernel.triton is None, reason="run by test_all_of_it_under_the_interpreter"
+    not INTERPRETED or triton_module.triton is None, reason="run by test_all_of_it_under_the_interpreter"
 )
 
 
@@ -41,7 +42,7 @@ def test_it_declines_what_no_kernel_takes():
         assert not supports(states)
         with pytest.raises(ValueError, match="head_dim"):
             triton_attention(states, states, states, states[..., 0], None)
-    assert supports(torch.zeros(1, 1, 4, 64)) == (INTERPRETED and triton_kernel.triton is not None)
+    assert supports(torch.zeros(1, 1, 4, 64)) == (INTERPRETED and triton_module.triton is not None)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ WIDE, TALL = Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1)
 def blocks(request, monkeypatch):
     """Small blocks of queries and keys, forward and backward: several of each kind in few tokens."""
     chosen = getattr(request, "param", (TALL, TALL))
-    monkeypatch.setattr(triton_kernel, "choose_blocks", lambda query: chosen)
+    monkeypatch.setattr(triton_module, "choose_blocks", lambda query: chosen)
 
 
 @interpreted
@@ -152,7 +153,7 @@ def test_blocks_dead_between_living_ones_are_not_visited():
     expiry = torch.arange(1, 131).int()
     expiry[0], expiry[32:48] = 130, 96
     expiry = expiry.expand(2, 1, -1).contiguous()
-    lists, counts = triton_kernel._list_key_blocks(expiry, 130, TALL)
+    lists, counts = triton_module._list_key_blocks(expiry, 130, TALL)
     assert lists.shape == (2, 1, 5, 9)
     assert counts[1, 0].tolist() == [[0, 0], [0, 1], [1, 1], [0, 1], [0, 1]]  # without mask, with mask
     assert (lists[1, 0, 2, 0], lists[1, 0, 2, -1]) == (2, 0)
