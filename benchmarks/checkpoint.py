@@ -123,7 +123,7 @@ def _beside(commit: int, seconds: float, steps: dict[int, float]) -> list[int]:
 
 
 def main() -> None:
-    from cluster.recipe import TrainingRecipe
+    from cluster.runs.recipe import TrainingRecipe
 
     default = TrainingRecipe().save_steps
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,10 +22,10 @@ WARM_UP_STEPS = 10
 
 def histories(storage: str, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of every step of a run of the tiny recipe, and seconds of it spent waiting for data."""
-    from cluster.recipe import Recipe
-    from doge.recipe import from_dict, to_yaml
-    from doge.storage import Storage
-    from doge.tracking import Tracker
+    from cluster.runs.recipe import Recipe
+    from doge.common.config_tree import from_dict, to_yaml
+    from doge.common.storage import Storage
+    from doge.reporting.tracking import Tracker
 
     values = yaml.safe_load((ROOT / "jobs/recipes/tiny.yaml").read_text())
     values["storage"] = storage

@@ -32,8 +32,8 @@ def build(preset: str, dtype: torch.dtype):
     """The same weights as our model and as transformers' (`attn_implementation="sdpa"`)."""
     from transformers import DogeForCausalLM
 
-    from doge.configuration import ModelRecipe
-    from doge.modeling import build_model
+    from doge.model.configuration import ModelRecipe
+    from doge.model.modeling import build_model
 
     torch.manual_seed(0)
     ours = build_model(ModelRecipe(preset).build())
@@ -151,7 +151,7 @@ def measure_int8(args: argparse.Namespace) -> dict[str, float]:
 
     from transformers import AutoTokenizer
 
-    from doge.conversion import load_model
+    from doge.conversion.load import load_model
     from doge.generation.int8 import Int8
 
     if args.model is None:

@@ -55,7 +55,7 @@ def main() -> None:
 
     built = {side: build_side(side, args) for side in sides}
     if args.compile:
-        from doge.compilation import compile_layers
+        from doge.model.compilation import compile_layers
 
         for model, _ in built.values():
             compile_layers(model)

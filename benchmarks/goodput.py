@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     max_steps = int(FASTEST * 60 * arguments.minutes)
     with open_machines(0) as machines:
-        from cluster.ledger import Ledger
+        from cluster.accounts.ledger import Ledger
 
         for side in SIDES:
             for core in first_cores(2):

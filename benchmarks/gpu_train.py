@@ -32,11 +32,11 @@ class Ours:
     """One step of the engine."""
 
     def __init__(self, preset: str, device: torch.device, args: argparse.Namespace):
-        from doge.configuration import ModelRecipe
-        from doge.engine import Engine, EngineRecipe
-        from doge.modeling import build_model
-        from doge.optimizer import OptimizerRecipe
-        from doge.probe import probe_micro_batch
+        from doge.model.configuration import ModelRecipe
+        from doge.model.modeling import build_model
+        from doge.training.engine import Engine, EngineRecipe
+        from doge.training.micro_batch import probe_micro_batch
+        from doge.training.optimizer import OptimizerRecipe
 
         torch.manual_seed(0)
         model = build_model(ModelRecipe(preset).build())
@@ -55,7 +55,7 @@ class Stock:
     def __init__(self, preset: str, device: torch.device, micro_batch: int, args: argparse.Namespace):
         from transformers import DogeForCausalLM
 
-        from doge.configuration import ModelRecipe
+        from doge.model.configuration import ModelRecipe
 
         config = ModelRecipe(preset).build()
         config._attn_implementation = "sdpa"
@@ -95,7 +95,7 @@ def fitting_stock(preset: str, device: torch.device, micro_batch: int, args: arg
 
 def warmed_up(side, device: torch.device, held: int = 0) -> float:
     """GiB at the peak of some steps, without what others ``held``."""
-    from doge.hardware import peak_memory_bytes
+    from doge.common.hardware import peak_memory_bytes
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -116,7 +116,7 @@ def seconds_of(side, device: torch.device) -> float:
 
 def measure(preset: str, device: torch.device, peak_tflops: float | None, args: argparse.Namespace) -> dict[str, float]:
     """The lines of a model in the table, printed, and their figures."""
-    from doge.configuration import flops_per_token, num_parameters
+    from doge.model.configuration import flops_per_token, num_parameters
 
     ours = Ours(preset, device, args)
     config, sides = ours.engine.module.config, {"ours": ours}
@@ -149,7 +149,7 @@ def measure(preset: str, device: torch.device, peak_tflops: float | None, args: 
 
 
 def main() -> None:
-    from doge.configuration import preset_names
+    from doge.model.configuration import preset_names
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=preset_names(), help="default: all eight")
@@ -164,8 +164,8 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("This machine has no GPU that PyTorch can use: --device cpu tries the script without one.")
 
-    from doge import process_group
-    from doge.hardware import device_name, peak_tflops
+    from doge.common.hardware import device_name, peak_tflops
+    from doge.training import process_group
 
     process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), device)
     peak = peak_tflops(device)

@@ -40,8 +40,8 @@ def make_recipe(name: str, storage: str, seats: str, **values: dict[str, Any]):
         seats: "seat" for any node, "seat-0" for the first alone, or a label of some.
         values: nested, over the defaults here.
     """
-    from cluster.recipe import Recipe
-    from doge.recipe import from_dict
+    from cluster.runs.recipe import Recipe
+    from doge.common.config_tree import from_dict
 
     tree = {
         "model": TINY,
@@ -97,7 +97,7 @@ class Run:
         """The hosts that train, by rank, as the coordinator knows them."""
         import ray
 
-        from cluster.coordinator import NAMESPACE, actor_name
+        from cluster.elastic.coordinator import NAMESPACE, actor_name
 
         hosts = ray.get(ray.get_actor(actor_name(self.recipe.name), namespace=NAMESPACE).members.remote())
         return sorted((host for host in hosts if host["rank"] is not None), key=lambda host: host["rank"])
@@ -128,8 +128,8 @@ class Run:
 
     def history(self, metric: str) -> dict[int, float]:
         """What MLflow holds of a metric, by step."""
-        from doge.storage import Storage
-        from doge.tracking import Tracker
+        from doge.common.storage import Storage
+        from doge.reporting.tracking import Tracker
 
         root = Storage(self.recipe.storage)
         run = root / f"runs/{self.recipe.name}"
@@ -326,7 +326,7 @@ def first_cores(number: int) -> list[int]:
 
 def _job(name: str, recipe, environment: dict[str, str]) -> subprocess.Popen:
     """`jobs/{name}.py` with a recipe, its output in a pipe."""
-    from doge.recipe import to_yaml
+    from doge.common.config_tree import to_yaml
 
     Path(recipe.storage).mkdir(parents=True, exist_ok=True)
     path = Path(recipe.storage, f"{recipe.name}.yaml")

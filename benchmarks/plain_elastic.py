@@ -15,8 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from cluster.recipe import Recipe
-from doge.recipe import from_dict
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import from_dict
 
 
 def train_loop(config: dict) -> None:
@@ -27,7 +27,7 @@ def train_loop(config: dict) -> None:
     import ray.train.torch
     import torch
 
-    from doge.modeling import build_model
+    from doge.model.modeling import build_model
 
     recipe, training = config["recipe"], config["recipe"].training
     context = ray.train.get_context()
@@ -83,7 +83,7 @@ def main() -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from cluster.scaling import Seats
+    from cluster.elastic.seat_trainer import Seats
 
     recipe = from_dict(Recipe, yaml.safe_load(Path(arguments.recipe).read_text()))
     ray.init()

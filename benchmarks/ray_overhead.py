@@ -17,8 +17,8 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
-from cluster.recipe import Recipe
-from doge.recipe import from_dict, to_yaml
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import from_dict, to_yaml
 
 WARM_UP_STEPS = 3
 SEQUENCE_LENGTH = 2048
@@ -44,8 +44,8 @@ def ours(storage: str, name: str, steps: int, precision: str) -> list[float]:
     path = Path(storage, f"{name}.yaml")
     path.write_text(to_yaml(recipe(storage, name, steps, precision)))
     subprocess.run([sys.executable, "jobs/pretrain.py", "--recipe", path], check=True, capture_output=True)
-    from doge.storage import Storage
-    from doge.tracking import Tracker, TrackingRecipe
+    from doge.common.storage import Storage
+    from doge.reporting.tracking import Tracker, TrackingRecipe
 
     root = Storage(storage)
     rates = Tracker(TrackingRecipe(), root, root / f"runs/{name}", name).history("tokens_per_s")
@@ -62,11 +62,11 @@ def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[floa
     """Seconds of every step of a loop that knows neither Ray nor DeepSpeed."""
     import torch
 
-    from data_pipelines.plan import make_plan
-    from data_pipelines.reader import Reader
-    from doge.hardware import use_cores
-    from doge.modeling import build_model
-    from doge.storage import Storage
+    from data_pipelines.order.feed import Reader
+    from data_pipelines.order.plan import make_plan
+    from doge.common.hardware import use_cores
+    from doge.common.storage import Storage
+    from doge.model.modeling import build_model
 
     use_cores(1)
     run = recipe(storage, name, steps, precision)

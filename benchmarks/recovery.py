@@ -3,8 +3,8 @@
     python benchmarks/recovery.py --rounds 3
 
 Every round trains the same model with the same batches and the same checkpoint interval, first by
-`cluster.pretraining.pretrain`, then by `plain_elastic.py`, each on a cluster of its own on this machine: a head without
-seats and two nodes with one seat each. To every run happens the same:
+`cluster.runs.pretraining.pretrain`, then by `plain_elastic.py`, each on a cluster of its own on this machine: a head
+without seats and two nodes with one seat each. To every run happens the same:
 
     worker     SIGKILL of a worker; to the next optimizer step of two workers
     node       SIGKILL of a node, its raylet and all its processes; to the next step of the worker that is left
@@ -42,8 +42,8 @@ from pathlib import Path
 import yaml
 from machines import end, open_machines
 
-from cluster.recipe import Recipe
-from doge.recipe import from_dict, to_yaml
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import from_dict, to_yaml
 
 SIDES = ("ours", "baseline")
 EVENTS = ("worker", "node", "arrival", "announced")
@@ -89,8 +89,8 @@ def write_texts(storage: Path) -> None:
 
 def train(recipe_path: str, notes_path: str) -> None:
     """Our run's driver, which also notes what its ledger is told of steps."""
-    from cluster.ledger import Ledger
-    from cluster.pretraining import pretrain
+    from cluster.accounts.ledger import Ledger
+    from cluster.runs.pretraining import pretrain
 
     record = Ledger.record
 
@@ -175,7 +175,7 @@ class Run:
     def _hosts(self) -> list[dict]:
         import ray
 
-        from cluster.coordinator import NAMESPACE, actor_name
+        from cluster.elastic.coordinator import NAMESPACE, actor_name
 
         return ray.get(ray.get_actor(actor_name(self.name), namespace=NAMESPACE).members.remote())
 

@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 from machines import end, first_cores
 
-from data_pipelines import embedded
-from data_pipelines.plan import Plan, make_plan
+from data_pipelines.order.plan import Plan, make_plan
 from data_pipelines.prepare import prepare
-from data_pipelines.shards import open_shard, read_record, shard_name
-from data_pipelines.sources import DataRecipe, SourceRecipe
-from doge.storage import Storage
-from doge.tokenizer import TokenizerRecipe, train_tokenizer
+from data_pipelines.sources import embedded
+from data_pipelines.sources.files import DataRecipe, SourceRecipe
+from data_pipelines.tokenizing.shards import open_shard, read_record, shard_name
+from doge.common.storage import Storage
+from doge.tokenizer.training import TokenizerRecipe, train_tokenizer
 
 CORES = 2
 FILES = 16
@@ -123,7 +123,7 @@ def serve_theirs(folder: Path) -> None:
     """Run `map` anew for every line of the standard input; leaves ids.npy and lengths.npy of the last one."""
     import datasets
 
-    from doge.tokenizer import load_tokenizer
+    from doge.tokenizer.training import load_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(str(folder / "tokenizer"))

@@ -40,12 +40,12 @@ def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str
 
 def build(side: str, preset: str, dtype: str = "bfloat16", **changes: int) -> torch.nn.Module:
     """The model of `side`, "ours" or "transformers", in training mode; ``changes`` are fields of its recipe."""
-    from doge.configuration import ModelRecipe
+    from doge.model.configuration import ModelRecipe
 
     config = ModelRecipe(preset, **changes).build()
     torch.manual_seed(0)
     if side == "ours":
-        from doge.modeling import build_model
+        from doge.model.modeling import build_model
 
         model = build_model(config)
     else:
@@ -95,7 +95,7 @@ def matmul_flops(dtype: torch.dtype) -> float:
 
 def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
     """Ratios of speed and memory of one preset, after a table of both sides."""
-    from doge.configuration import ModelRecipe, flops_per_token
+    from doge.model.configuration import ModelRecipe, flops_per_token
 
     sides = ("ours", "transformers")
     growth = {}
@@ -106,7 +106,7 @@ def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
     models = {side: build(side, preset, args.dtype) for side in sides}
     models["transformers"].load_state_dict(models["ours"].state_dict())
     if not args.no_compile:
-        from doge.compilation import compile_layers
+        from doge.model.compilation import compile_layers
 
         compile_layers(models["ours"])
     batches = {side: make_batch(side, model.config.vocab_size, args) for side, model in models.items()}

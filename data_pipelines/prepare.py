@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from math import ceil, inf
 from typing import Any
 
-from data_pipelines.order import NotReady, Order, SourceOrder
-from data_pipelines.plan import Catalog, Plan
-from doge.errors import UserError
-from doge.storage import Storage
+from data_pipelines.order.order import NotReady, Order, SourceOrder
+from data_pipelines.order.plan import Catalog, Plan
+from doge.common.errors import UserError
+from doge.common.storage import Storage
 
 SHARDS_PER_ROUND = 16  # for each that is made at a time
 SAVE_INTERVAL = 30.0  # seconds between two snapshots of the catalog

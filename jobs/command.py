@@ -11,9 +11,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from cluster.recipe import Recipe
-from doge.errors import UserError
-from doge.recipe import parse, read_recipe
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import parse, read_recipe
+from doge.common.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -16,8 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from cluster.connection import connect
-from cluster.console import Console
+from cluster.machines.connection import connect
+from cluster.runs.console import Console
 from jobs.command import Command, main
 
 
@@ -40,10 +40,10 @@ def run(command: PrepareData) -> None:
     if command.dry_run:
         return
     connect(recipe.scaling)
-    from data_pipelines.plan import make_plan
+    from data_pipelines.order.plan import make_plan
     from data_pipelines.prepare import Progress, prepare
-    from doge.storage import Storage
-    from doge.tokenizer import check_vocabulary
+    from doge.common.storage import Storage
+    from doge.tokenizer.training import check_vocabulary
 
     storage = Storage(recipe.storage)
     plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)

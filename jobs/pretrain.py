@@ -15,9 +15,9 @@ from typing import Annotated
 
 import tyro
 
-from cluster.console import Console
-from cluster.forecast import dry_run
-from cluster.pretraining import pretrain
+from cluster.runs.console import Console
+from cluster.runs.forecast import dry_run
+from cluster.runs.pretraining import pretrain
 from jobs.command import Command, main
 
 PROFILE_STEPS = 3

@@ -24,7 +24,7 @@ import tyro
 from cluster.chaos.events import Event, Kind, schedule
 from cluster.chaos.run import Chaos, RunOver, listed
 from cluster.chaos.throttle import check_hold
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def disturb(settings: Settings, say: Callable[[Any], None] = print) -> None:
 
 def main() -> None:
     """The command: 0 done or the run is over, 1 a sentence on standard error, 130 interrupted."""
-    from doge.recipe import parse
+    from doge.common.config_tree import parse
 
     try:
         settings = parse(Settings, Settings(), sys.argv[1:], __doc__, "python -m cluster.chaos")

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.chaos.agent import Agent
 from cluster.chaos.events import Event, Kind, Victim, choose, choose_node
 from cluster.chaos.throttle import check_hold
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 PATIENCE = 10.0  # seconds that an event waits for a worker that trains
 LOOK_SECONDS = 0.5
@@ -245,8 +245,8 @@ class Chaos:
 
 def _connect(address: str | None) -> None:
     """Join a cluster that is there. Raises UserError."""
-    from cluster.connection import connect
-    from cluster.recipe import ScalingRecipe
+    from cluster.machines.connection import connect
+    from cluster.runs.recipe import ScalingRecipe
 
     address = address or os.environ.get("RAY_ADDRESS")
     try:
@@ -263,7 +263,7 @@ def _find_run(name: str | None) -> tuple[str, Any]:
     """The name and the coordinator of a run under way. Raises UserError."""
     import ray
 
-    from cluster.coordinator import NAMESPACE, actor_name
+    from cluster.elastic.coordinator import NAMESPACE, actor_name
 
     actors = ray.util.list_named_actors(all_namespaces=True)
     ours = (actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
@@ -281,7 +281,7 @@ def _find_run(name: str | None) -> tuple[str, Any]:
 def _node_name(node: str) -> str:
     import ray
 
-    from cluster.membership import node_name
+    from cluster.elastic.membership import node_name
 
     machines = {row["NodeID"]: row["NodeManagerHostname"] for row in ray.nodes()}
     return node_name(machines.get(node, "unknown"), node)

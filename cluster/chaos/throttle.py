@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 PERIOD = 0.05  # seconds between two stops of a throttled process
 

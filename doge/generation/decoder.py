@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from doge.attention.cache import Slots
-from doge.errors import UserError
-from doge.generation.cpu_step import CpuStep
+from doge.common.errors import UserError
+from doge.generation.cpu.cpu_step import CpuStep
 from doge.generation.int8 import Int8
 from doge.generation.sampling import Sampling
 from doge.generation.torch_step import TorchStep
 from doge.generation.weights import LayerWeights
-from doge.modeling import DogeForCausalLM
+from doge.model.attention.cache import Slots
+from doge.model.modeling import DogeForCausalLM
 
 SLOT_STEP = 64  # slots are made in multiples of it
 

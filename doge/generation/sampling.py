@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from transformers.models.doge.modeling_doge import apply_rotary_pos_emb
 
-from doge.attention.cache import Slots, attend_slots, insert_key
-from doge.attention.window import KeyWindow
-from doge.compilation import can_compile
 from doge.generation.int8 import Int8
-from doge.generation.prompts import Prompt, read_prompts
+from doge.generation.prefill import Prompt, read_prompts
 from doge.generation.weights import LayerWeights
-from doge.modeling import DogeForCausalLM
+from doge.model.attention.cache import Slots, attend_slots, insert_key
+from doge.model.attention.window import KeyWindow
+from doge.model.compilation import can_compile
+from doge.model.modeling import DogeForCausalLM
 
 LAYERS_TOGETHER = 8  # layers of one compiled graph: compiling takes as long as they are many, calling a graph 0.1 ms
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from doge.experts import DogeCDMoE
 from doge.generation.int8 import Int8
+from doge.model.experts import DogeCDMoE
 
 
 class LayerWeights(NamedTuple):

@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
-from cluster.recipe import Recipe
-from doge.recipe import from_dict
-from doge.storage import Storage
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import from_dict
+from doge.common.storage import Storage
 
 
 def hosts(run: str = "small") -> list[dict]:
     """All processes of a run that are ready to train."""
     import ray
 
-    from cluster.coordinator import NAMESPACE, actor_name
+    from cluster.elastic.coordinator import NAMESPACE, actor_name
 
     return ray.get(ray.get_actor(actor_name(run), namespace=NAMESPACE).members.remote())
 
@@ -57,7 +57,7 @@ def _merge(values: dict, changes: dict) -> dict:
 
 def losses(recipe: Recipe, metric: str = "loss") -> dict[int, float]:
     """What MLflow holds of a run, by step; fails if a step was logged twice."""
-    from doge.tracking import Tracker
+    from doge.reporting.tracking import Tracker
 
     root = Storage(recipe.storage)
     history = Tracker(recipe.tracking, root, root / f"runs/{recipe.name}", recipe.name).history(metric)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small_runs import losses, members, samples, small_recipe
 
-from cluster.pretraining import pretrain
-from doge.errors import UserError
+from cluster.runs.pretraining import pretrain
+from doge.common.errors import UserError
 
 HANG_SECONDS = 15  # three times what the second driver needs to see that the first one lives
 

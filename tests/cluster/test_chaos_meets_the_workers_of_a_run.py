@@ -17,8 +17,8 @@ from nodes import add_node, wait_until
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.chaos import Chaos, Nobody, RunOver
-from cluster.coordinator import NAMESPACE, actor_name
-from doge.errors import UserError
+from cluster.elastic.coordinator import NAMESPACE, actor_name
+from doge.common.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import this file
 

@@ -16,11 +16,11 @@ import pytest
 import ray
 import torch
 
-from cluster.storage import CHUNK_BYTES, FileServer, share
-from doge.checkpoint import Checkpoints
-from doge.errors import UserError
-from doge.storage import Storage, StorageError
-from doge.train_state import MOMENTS, TrainState
+from cluster.machines.head_storage import CHUNK_BYTES, FileServer, share
+from doge.common.errors import UserError
+from doge.common.storage import Storage, StorageError
+from doge.training.state.checkpoint import Checkpoints
+from doge.training.state.train_state import MOMENTS, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +318,9 @@ def test_shards_are_made_and_read_where_the_directory_is_not_seen(elsewhere, roo
     """Ray Data's tasks run on either node; the reader runs on the one that sees nothing, and reads the same."""
     from small_runs import small_recipe
 
-    from data_pipelines.plan import make_plan
+    from data_pipelines.order.feed import Reader
+    from data_pipelines.order.plan import make_plan
     from data_pipelines.prepare import prepare
-    from data_pipelines.reader import Reader
 
     recipe = small_recipe(root, texts)
     storage = share(Storage(str(root)))

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from doge.configuration import ModelRecipe
-from doge.engine import Engine, EngineRecipe
-from doge.errors import UserError
-from doge.modeling import build_model
-from doge.optimizer import OptimizerRecipe
-from doge.probe import OutOfMemory
+from doge.common.errors import UserError
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import build_model
+from doge.training.engine import Engine, EngineRecipe
+from doge.training.micro_batch import OutOfMemory
+from doge.training.optimizer import OptimizerRecipe
 
 STEPS, LENGTH, VOCABULARY, DISTURBED = 4, 16, 64, 1
 OPTIMIZER = OptimizerRecipe(lr=5e-3, max_grad_norm=0.5)

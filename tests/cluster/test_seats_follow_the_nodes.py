@@ -11,8 +11,8 @@ import ray
 from nodes import Node, add_node, wait_until
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.scaling import Seats, SeatTrainer, possible_workers
-from doge.errors import UserError
+from cluster.elastic.seat_trainer import Seats, SeatTrainer, possible_workers
+from doge.common.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the seats cannot import this file
 SEAT = {"CPU": 1, "seat": 1}  # the head has none of the second

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from doge.configuration import ModelRecipe
-from doge.engine import Engine, EngineRecipe
-from doge.modeling import build_model
-from doge.optimizer import OptimizerRecipe
-from doge.process_group import leave
-from doge.train_state import TrainState
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import build_model
+from doge.training.engine import Engine, EngineRecipe
+from doge.training.optimizer import OptimizerRecipe
+from doge.training.process_group import leave
+from doge.training.state.train_state import TrainState
 
 MIDDLE, STEPS, BATCH, LENGTH, VOCABULARY = 3, 13, 8, 16, 64
 OPTIMIZER = OptimizerRecipe(lr=5e-3, max_grad_norm=0.5)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from small_runs import losses, members, samples, small_recipe
 
-from cluster.pretraining import pretrain
-from doge.errors import UserError
+from cluster.runs.pretraining import pretrain
+from doge.common.errors import UserError
 
 EQUAL = {"shares": "equal"}  # the same losses to the last digit
 

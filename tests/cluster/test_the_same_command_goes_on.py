@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from small_runs import losses, samples, small_recipe
 
-from cluster.pretraining import Run, pretrain
-from doge.errors import UserError
-from doge.recipe import to_yaml
+from cluster.runs.pretraining import Run, pretrain
+from doge.common.config_tree import to_yaml
+from doge.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ONE_WORKER = {"scaling": {"num_workers": 1}, "training": {"max_steps": 30, "save_steps": 10}}

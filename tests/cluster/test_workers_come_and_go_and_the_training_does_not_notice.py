@@ -14,8 +14,8 @@ import pytest
 from nodes import Node, add_node, wait_until
 from small_runs import hosts, losses, members, samples, small_recipe
 
-from cluster.pretraining import pretrain
-from cluster.recipe import Recipe
+from cluster.runs.pretraining import pretrain
+from cluster.runs.recipe import Recipe
 
 STEPS, SAVE_STEPS = 400, 10
 SEED = int(os.environ.get("DOGE_TEST_SEED", random.SystemRandom().randrange(10**6)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from doge.loss import IGNORE_INDEX, linear_cross_entropy
+from doge.model.loss import IGNORE_INDEX, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from doge.configuration import ModelRecipe
-from doge.engine import Engine, EngineRecipe
-from doge.modeling import build_model
-from doge.optimizer import OptimizerRecipe
-from doge.probe import fits, probe_micro_batch
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import build_model
+from doge.training.engine import Engine, EngineRecipe
+from doge.training.micro_batch import fits, probe_micro_batch
+from doge.training.optimizer import OptimizerRecipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

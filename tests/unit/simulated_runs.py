@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from cluster.ledger import Ledger, StepRecord
+from cluster.accounts.ledger import Ledger, StepRecord
 
 SEQUENCES, SEQUENCE_LENGTH = 64, 128
 TOKENS_PER_STEP = SEQUENCES * SEQUENCE_LENGTH

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
-from doge.errors import UserError
-from doge.storage import Storage
-from doge.train_state import MOMENTS, TrainState, check_fits
+from doge.common.errors import UserError
+from doge.common.storage import Storage
+from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.training.state.train_state import MOMENTS, TrainState, check_fits
 
 
 def state(step: int) -> TrainState:

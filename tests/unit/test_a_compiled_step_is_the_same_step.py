@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from doge import process_group
-from doge.configuration import ModelRecipe
-from doge.engine import Engine, EngineRecipe
-from doge.modeling import build_model
-from doge.optimizer import OptimizerRecipe
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import build_model
+from doge.training import process_group
+from doge.training.engine import Engine, EngineRecipe
+from doge.training.optimizer import OptimizerRecipe
 
 LENGTH, VOCABULARY = 48, 64
 MODEL = ModelRecipe(

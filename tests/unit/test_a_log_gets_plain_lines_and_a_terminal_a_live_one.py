@@ -1,6 +1,6 @@
 import io
 
-from cluster.console import Console, duration
+from cluster.runs.console import Console, duration
 
 
 class Terminal(io.StringIO):

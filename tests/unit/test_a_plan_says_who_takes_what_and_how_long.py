@@ -1,9 +1,9 @@
 import pytest
 
-from cluster.forecast import devices_of_machine, forecast, known_speeds, remember_speeds
-from cluster.recipe import Recipe
-from doge.recipe import from_dict
-from doge.storage import Storage
+from cluster.runs.forecast import devices_of_machine, forecast, known_speeds, remember_speeds
+from cluster.runs.recipe import Recipe
+from doge.common.config_tree import from_dict
+from doge.common.storage import Storage
 
 TRAINING = {"max_steps": 3600, "global_batch_size": 40, "micro_batch_size": 8}
 

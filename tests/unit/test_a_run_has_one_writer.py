@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from cluster import lease as leases
-from cluster.lease import FILE, Lease, LeaseLost
-from doge.errors import UserError
-from doge.storage import Storage
+from doge.common import lease as leases
+from doge.common.errors import UserError
+from doge.common.lease import FILE, Lease, LeaseLost
+from doge.common.storage import Storage
 
 INTERVAL = 1.0
 
 HOLD = f"""
 import sys, time
-from cluster.lease import Lease
-from doge.errors import UserError
-from doge.storage import Storage
+from doge.common.lease import Lease
+from doge.common.errors import UserError
+from doge.common.storage import Storage
 
 root, start = sys.argv[1], float(sys.argv[2])
 on_lost = lambda message: print("lost", message, flush=True)
@@ -40,7 +40,7 @@ lease.release()
 
 def other_process(root: Path, start: float = 0.0) -> subprocess.Popen:
     command = [sys.executable, "-c", HOLD, str(root), str(start)]
-    repository = Path(leases.__file__).parents[1]
+    repository = Path(leases.__file__).parents[2]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository)
 
 

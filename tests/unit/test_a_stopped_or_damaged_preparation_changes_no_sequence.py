@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.plan import Catalog, load_plan, make_plan
-from data_pipelines.reader import Reader
-from data_pipelines.shards import Damaged, open_shard, read_record, record_name, shard_name
-from data_pipelines.sources import DataRecipe, SourceRecipe, Unreadable
-from doge.errors import UserError
-from doge.storage import Storage
-from doge.tokenizer import TokenizerRecipe
+from data_pipelines.order.feed import Reader
+from data_pipelines.order.plan import Catalog, load_plan, make_plan
+from data_pipelines.sources.files import DataRecipe, SourceRecipe, Unreadable
+from data_pipelines.tokenizing.shards import Damaged, open_shard, read_record, record_name, shard_name
+from doge.common.errors import UserError
+from doge.common.storage import Storage
+from doge.tokenizer.training import TokenizerRecipe
 
 TOKENIZER = TokenizerRecipe(vocab_size=400, training_bytes=40_000)
 SEQUENCES = 90  # past the end of the smallest source
@@ -137,7 +137,7 @@ def test_a_killed_preparation_leaves_only_whole_shards(complete, recipe, tmp_pat
     storage = Storage(str(tmp_path))
     plan = make_plan(recipe, TOKENIZER, storage)
     script = (
-        "import sys; from data_pipelines.plan import load_plan; from doge.storage import Storage\n"
+        "import sys; from data_pipelines.order.plan import load_plan; from doge.common.storage import Storage\n"
         "storage = Storage(sys.argv[1]); plan = load_plan(storage, sys.argv[2])\n"
         "tokenizer = plan.open_tokenizer(storage)\n"
         "while True:\n"

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.worker import Worker
-from doge import checkpoint as checkpoints_module
-from doge.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
-from doge.errors import UserError
-from doge.storage import Storage, StorageError
-from doge.train_state import MOMENTS, TrainState
+from cluster.workloads.worker import Worker
+from doge.common.errors import UserError
+from doge.common.storage import Storage, StorageError
+from doge.training.state import checkpoint as checkpoints_module
+from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.training.state.train_state import MOMENTS, TrainState
 
 
 def state(step: int) -> TrainState:
@@ -111,9 +111,9 @@ def test_a_disk_that_is_full_is_tried_again(tmp_path):
     script = f"""
 import os, torch
 from pathlib import Path
-from doge import checkpoint
-from doge.train_state import MOMENTS, TrainState
-from doge.storage import Storage
+from doge.training.state import checkpoint
+from doge.training.state.train_state import MOMENTS, TrainState
+from doge.common.storage import Storage
 checkpoint.FIRST_PAUSE_SECONDS = 0.1
 root, said = Path({str(tmp_path)!r}), []
 (root / "ballast").write_bytes(bytes(1_000_000))
@@ -130,7 +130,7 @@ assert os.listdir(root / "run") == ["step-00000005"]
 """
     mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", script]
-    subprocess.run(command, check=True, cwd=Path(checkpoints_module.__file__).parents[1])
+    subprocess.run(command, check=True, cwd=Path(checkpoints_module.__file__).parents[3])
 
 
 def test_a_refusal_before_the_commit_is_no_storage_error(tmp_path):

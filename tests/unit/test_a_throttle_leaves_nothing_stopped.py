@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cluster.chaos.throttle import Throttle, throttle_process
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 
 @contextmanager

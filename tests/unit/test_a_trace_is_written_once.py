@@ -3,8 +3,8 @@ import json
 
 import torch
 
-from doge.storage import Storage
-from doge.tracing import StepTrace
+from doge.common.storage import Storage
+from doge.reporting.tracing import StepTrace
 
 
 def test_the_steps_asked_for_are_in_the_trace(tmp_path):

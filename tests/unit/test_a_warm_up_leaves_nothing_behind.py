@@ -5,12 +5,12 @@ import multiprocessing
 import torch
 import torch.distributed as dist
 
-from doge import process_group
-from doge.configuration import ModelRecipe
-from doge.engine import Engine, EngineRecipe
-from doge.modeling import build_model
-from doge.optimizer import OptimizerRecipe
-from doge.warm_up import warm_up
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import build_model
+from doge.training import process_group
+from doge.training.engine import Engine, EngineRecipe
+from doge.training.optimizer import OptimizerRecipe
+from doge.training.warm_up import warm_up
 
 CPU = torch.device("cpu")
 MODEL = ModelRecipe(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)

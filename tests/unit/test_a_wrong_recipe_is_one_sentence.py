@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.recipe import Recipe, check_same_run
-from doge.errors import UserError
-from doge.recipe import flatten, from_dict, read_recipe, to_dict
+from cluster.runs.recipe import Recipe, check_same_run
+from doge.common.config_tree import flatten, from_dict, read_recipe, to_dict
+from doge.common.errors import UserError
 from jobs.command import RECIPES, find_recipe
 
 ROOT = Path(__file__).parents[2]

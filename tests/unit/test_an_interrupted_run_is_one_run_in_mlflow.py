@@ -4,10 +4,10 @@ import sys
 import pytest
 from filelock import FileLock
 
-from doge import tracking
-from doge.errors import UserError
-from doge.storage import Storage
-from doge.tracking import Tracker, TrackingRecipe
+from doge.common.errors import UserError
+from doge.common.storage import Storage
+from doge.reporting import tracking
+from doge.reporting.tracking import Tracker, TrackingRecipe
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_a_store_that_another_process_opens_is_waited_for(track, tmp_path, monke
 def test_runs_that_start_at_once_share_a_new_store(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     start = (
-        "import sys; from doge.storage import Storage; from doge.tracking import Tracker, TrackingRecipe\n"
+        "import sys; from doge.common.storage import Storage\n"
+        "from doge.reporting.tracking import Tracker, TrackingRecipe\n"
         "root, name = Storage(sys.argv[1]), sys.argv[2]\n"
         "print(Tracker(TrackingRecipe(), root, root / f'runs/{name}', name).run_id)"
     )

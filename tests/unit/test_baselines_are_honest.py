@@ -4,7 +4,7 @@ from math import log
 import numpy as np
 import pytest
 
-from doge.baselines import NgramBaselines
+from doge.evaluation.ngrams import NgramBaselines
 
 
 def sequences(seed: int, rows: int = 20, width: int = 30, vocabulary: int = 12):

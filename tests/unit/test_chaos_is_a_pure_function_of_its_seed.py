@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.chaos.command import Settings, disturb
 from cluster.chaos.events import Kind, Victim, choose, choose_node, schedule
-from doge.errors import UserError
-from doge.recipe import parse
+from doge.common.config_tree import parse
+from doge.common.errors import UserError
 
 seeds = st.integers(0, 2**32)
 kinds = st.lists(st.sampled_from(get_args(Kind)), min_size=1).map(tuple)

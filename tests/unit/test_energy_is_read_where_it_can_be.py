@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from doge import hardware
+from doge.common import hardware
 
 CPU = torch.device("cpu")
 

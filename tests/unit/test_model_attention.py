@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import logits_of, tiny_model, tokens
 
-from doge.attention import (
+from doge.model.attention import (
     KeyWindow,
-    chunks,
-    cpu,
+    cpu_flash,
     document_ends,
     dynamic_mask_attention,
+    gathered_chunks,
     kept_keys,
     key_expiry,
     lifetimes,
-    stock,
+    torch_sdpa,
 )
 
 
@@ -70,7 +70,7 @@ def on_the_cpu(*inputs, window, documents=None):
 
 
 def by_stock_attention(*inputs, window, documents=None):
-    return stock.stock_attention(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None)
+    return torch_sdpa.stock_attention(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None)
 
 
 BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_stock_attention])
@@ -82,7 +82,7 @@ BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_stock_attention])
 @pytest.mark.parametrize("documents", [None, [33, 3, 30], [10, 23, 1, 32]])
 @pytest.mark.parametrize("window", [64, 7])
 def test_output_and_gradients_equal_the_definition(monkeypatch, window, documents, kv_heads, head_dim, backend):
-    for module in (cpu, stock):
+    for module in (cpu_flash, torch_sdpa):
         monkeypatch.setattr(module, "QUERY_CHUNK", 11)
     inputs = random_inputs(33, head_dim=head_dim, kv_heads=kv_heads)
     weights = torch.randn(2, 33, 4, head_dim, generator=torch.Generator().manual_seed(9))
@@ -142,7 +142,7 @@ def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads, chunk):
     expiry = lifetimes(inputs[3], KeyWindow(window), ends_of(documents, batch=2))
     results = []
     for output in (
-        chunks.attend_in_chunks(attend, *inputs, expiry, window, chunk),
+        gathered_chunks.attend_in_chunks(attend, *inputs, expiry, window, chunk),
         defined_for_documents(*inputs, window, documents),
     ):
         results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
@@ -156,10 +156,10 @@ def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads, chunk):
 def test_the_operation_is_what_it_tells_torch_compile(documents, kv_heads):
     query, key, value, bias = random_inputs(33, kv_heads=kv_heads)
     ends = ends_of(documents, batch=2)
-    torch.library.opcheck(cpu._attend, (query, key, value, bias, ends, None, 7, 0, 0))
+    torch.library.opcheck(cpu_flash._attend, (query, key, value, bias, ends, None, 7, 0, 0))
     rows = [x.detach() for x in (query, key, value, bias)]
-    output, wide, sums = cpu._attend(*rows, ends, None, 7, 0, 0)
-    torch.library.opcheck(cpu._backward, (output, wide, sums, *rows, ends, None, 7, 0, 0))
+    output, wide, sums = cpu_flash._attend(*rows, ends, None, 7, 0, 0)
+    torch.library.opcheck(cpu_flash._backward, (output, wide, sums, *rows, ends, None, 7, 0, 0))
 
 
 def test_float16_bears_padding():
@@ -185,7 +185,7 @@ def test_autocast_computes_in_bfloat16(train):
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), WINDOWS, st.sampled_from([1, 3, 128]))
 def test_each_key_lives_exactly_while_it_is_among_the_largest(bias, window, block):
     """Against brute force, with many ties: of equal biases the later key is kept."""
-    with mock.patch("doge.attention.window.BLOCK", block):
+    with mock.patch("doge.model.attention.window.BLOCK", block):
         expiry = key_expiry(torch.tensor(bias, dtype=torch.float32), window).tolist()
     for i in range(len(bias)):
         forced = {j for j in range(i + 1) if j < window.num_sinks or j > i - window.num_local}
@@ -222,7 +222,7 @@ def test_the_watch_would_see_a_square_mask():
 
 
 def test_beyond_the_window_masks_are_a_chunk_of_queries_tall(monkeypatch):
-    monkeypatch.setattr(cpu, "QUERY_CHUNK", 10)
+    monkeypatch.setattr(cpu_flash, "QUERY_CHUNK", 10)
     seq = 101
     model = tiny_model(window=16).train()
     input_ids = tokens(1, seq)
@@ -260,5 +260,5 @@ def test_a_document_starts_where_positions_do_not_go_on(positions, ends):
     found = document_ends(torch.tensor(positions), batch=2)
     assert (found if found is None else found.tolist()) == ends
     if ends is not None:
-        lengths = stock.document_lengths(found)
+        lengths = torch_sdpa.document_lengths(found)
         assert torch.equal(ends_of(lengths, 2), found)

@@ -8,9 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import logits_of, shake, tiny_config, tiny_model, tokens
 
-from doge.conversion import add_experts, convert_transformers_moe, expert_parameter_names, load_model
-from doge.errors import UserError
-from doge.modeling import DogeMoeForCausalLM, build_model
+from doge.common.errors import UserError
+from doge.conversion.load import add_experts, convert_transformers_moe, expert_parameter_names, load_model
+from doge.model.modeling import DogeMoeForCausalLM, build_model
 
 EXPERTS = {"num_experts": 32, "num_expert_heads": 2, "num_experts_per_tok": 3, "expert_retrieval_size": 16}
 

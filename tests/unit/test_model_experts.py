@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model, tokens
 
-from doge import experts as experts_module
-from doge.configuration import ModelRecipe, expert_grid
-from doge.experts import (
+from doge.model import experts as experts_module
+from doge.model.configuration import ModelRecipe, expert_grid
+from doge.model.experts import (
     DogeCDMoE,
     ExpertInput,
     ExpertOutput,
@@ -15,7 +15,7 @@ from doge.experts import (
     retrieve_experts,
     track_expert_usage,
 )
-from doge.modeling import build_model
+from doge.model.modeling import build_model
 
 
 @pytest.mark.parametrize("num_experts", [12, 32, 512])

@@ -6,8 +6,8 @@ import transformers
 from tiny_models import logits_of, shake, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from doge.conversion import load_model
-from doge.modeling import DogeForCausalLM, DogeMoeForCausalLM
+from doge.conversion.load import load_model
+from doge.model.modeling import DogeForCausalLM, DogeMoeForCausalLM
 
 WINDOWS = pytest.mark.parametrize("window", [2048, 16], ids=["below the window", "above the window"])
 

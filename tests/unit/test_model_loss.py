@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from allocations import Allocations
 from tiny_models import VOCAB_SIZE, tiny_model, tokens
 
-from doge import loss as loss_module
-from doge.loss import IGNORE_INDEX, LMHead, linear_cross_entropy
+from doge.model import loss as loss_module
+from doge.model.loss import IGNORE_INDEX, LMHead, linear_cross_entropy
 
 
 def random_case(dtype=torch.float32, scale=1.0):
@@ -131,7 +131,7 @@ def test_logits_come_with_the_loss_on_request():
 
 
 def test_an_unknown_reduction_is_refused():
-    from doge.errors import UserError
+    from doge.common.errors import UserError
 
     input_ids = tokens(1, 20)
     with pytest.raises(UserError, match="average"):
@@ -140,9 +140,9 @@ def test_an_unknown_reduction_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_never_holds_the_logits_of_the_batch(monkeypatch, dtype):
-    import doge.loss
+    import doge.model.loss
 
-    monkeypatch.setattr(doge.loss, "TOKEN_CHUNK", 16)
+    monkeypatch.setattr(doge.model.loss, "TOKEN_CHUNK", 16)
     model = tiny_model(dtype=dtype).train()
     input_ids = tokens(4, 50)
     with Allocations() as allocations:

@@ -4,7 +4,8 @@ import pytest
 from tiny_models import tiny_config
 from transformers import DogeConfig
 
-from doge.configuration import (
+from doge.common.errors import UserError
+from doge.model.configuration import (
     DogeMoeConfig,
     ModelRecipe,
     expert_grid,
@@ -13,8 +14,7 @@ from doge.configuration import (
     preset_config,
     preset_names,
 )
-from doge.errors import UserError
-from doge.modeling import build_model
+from doge.model.modeling import build_model
 
 
 @pytest.mark.parametrize(

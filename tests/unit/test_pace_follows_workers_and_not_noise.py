@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pace import PROBE, STEPS_BETWEEN, Pace
-from cluster.shares import plan_shares
+from cluster.workloads.pace import PROBE, STEPS_BETWEEN, Pace
+from cluster.workloads.shares import plan_shares
 
 SEEDS = st.integers(0, 10**6)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.packing import IGNORE_INDEX, model_inputs, pack, token_dtype
+from data_pipelines.tokenizing.packing import IGNORE_INDEX, model_inputs, pack, token_dtype
 
 PAD = 2
 documents = st.lists(

@@ -5,8 +5,8 @@ import torch
 from tiny_models import logits_in_pieces, logits_of, tiny_config, tiny_model, tokens
 from transformers import DynamicCache
 
-from doge.attention import DogeCache, KeyWindow
-from doge.errors import UserError
+from doge.common.errors import UserError
+from doge.model.attention import DogeCache, KeyWindow
 
 PIECES = pytest.mark.parametrize(
     "sizes",

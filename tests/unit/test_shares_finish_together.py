@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.shares import SLACK, plan_shares
+from cluster.workloads.shares import SLACK, plan_shares
 
 SPEED = st.floats(0.05, 5.0)  # ratios to 100
 

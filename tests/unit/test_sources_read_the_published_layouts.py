@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_pipelines.sources import (
+from data_pipelines.sources.files import (
     DataRecipe,
     SourceRecipe,
     Unreadable,
@@ -20,7 +20,7 @@ from data_pipelines.sources import (
     list_files,
     read_rows,
 )
-from doge.errors import UserError
+from doge.common.errors import UserError
 
 
 def texts(source, file, start=0, stop=10**9):

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import coordinator as coordinators
-from cluster import host_pool
-from cluster.coordinator import Coordinator
-from cluster.host import HostConfig
-from cluster.membership import HostInfo, Membership, Offer, Outcome, Seat
-from cluster.membership_loop import MembershipLoop
-from cluster.recipe import ScalingRecipe
-from cluster.worker import Worker
-from data_pipelines.reader import ReadAhead
-from doge.storage import StorageError
+from cluster.elastic import coordinator as coordinators
+from cluster.elastic import host_pool
+from cluster.elastic.coordinator import Coordinator
+from cluster.elastic.host import HostConfig
+from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat
+from cluster.runs.recipe import ScalingRecipe
+from cluster.workloads.membership_loop import MembershipLoop
+from cluster.workloads.worker import Worker
+from data_pipelines.order.feed import ReadAhead
+from doge.common.storage import StorageError
 
 LIMIT = 20.0  # seconds for what takes less than two
 

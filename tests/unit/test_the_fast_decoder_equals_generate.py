@@ -8,14 +8,15 @@ import torch
 from tiny_models import logits_of, tiny_model, tokens
 from torch._inductor.utils import fresh_cache
 
-from doge import compilation
-from doge.attention import DogeCache
-from doge.errors import UserError
-from doge.generation import Decoder, Sampling, cpu_step, prompts
-from doge.generation.cpu_step import CpuStep
+from doge.common.errors import UserError
+from doge.generation import Decoder, Sampling, prefill
+from doge.generation.cpu import cpu_step
+from doge.generation.cpu.cpu_step import CpuStep
 from doge.generation.int8 import Int8
 from doge.generation.torch_step import TorchStep
 from doge.generation.weights import LayerWeights
+from doge.model import compilation
+from doge.model.attention import DogeCache
 
 NEW = 24
 
@@ -100,7 +101,7 @@ def two_threads():
     ("lengths", "shared"), [((1, 300, 5, 700), 0), ((41, 3, 17, 60, 24, 25), 0), ((2, 400, 30), 300)]
 )
 def test_prompts_are_read_as_if_alone(monkeypatch, two_threads, lengths, shared, read, layers):
-    monkeypatch.setattr(prompts, "TOKENS_TOGETHER", 64)  # in several forwards
+    monkeypatch.setattr(prefill, "TOKENS_TOGETHER", 64)  # in several forwards
     window = 2048 if max(lengths) > 100 else 24
     model = tiny_model(window=window, vocab_size=1024, num_hidden_layers=layers)
     decoder = Decoder(model, compile=read is CpuStep.read)

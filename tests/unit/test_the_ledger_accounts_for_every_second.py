@@ -1,3 +1,4 @@
+import importlib
 import inspect
 import json
 import time
@@ -8,14 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_runs import SimulatedRun
 
-import cluster.figures
-import cluster.goodput
-import cluster.ledger
-import cluster.timeline
-from cluster.ledger import Kind, Ledger, LedgerRecipe, StepRecord
-from cluster.timeline import MAX_BINS
-from doge.errors import UserError
-from doge.plots import KIND_COLORS, plot_timeline
+from cluster.accounts.ledger import Kind, Ledger, LedgerRecipe, StepRecord
+from cluster.accounts.timeline import MAX_BINS
+from doge.common.errors import UserError
+from doge.reporting.plots import KIND_COLORS, plot_timeline
 
 PRICES = LedgerRecipe({"GPU": 2.0, "GPU 16": 3.6})
 
@@ -122,7 +119,8 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
     jumping.run(100.0)
     monkeypatch.undo()
     assert jumping.ledger.to_dict() == calm.ledger.to_dict()
-    for module in (cluster.ledger, cluster.goodput, cluster.figures, cluster.timeline):
+    for name in ("ledger", "goodput", "figures", "timeline"):
+        module = importlib.import_module(f"cluster.accounts.{name}")
         assert "import time" not in inspect.getsource(module)
         assert "datetime" not in inspect.getsource(module)
 

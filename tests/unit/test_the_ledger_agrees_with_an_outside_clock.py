@@ -5,7 +5,7 @@ import statistics
 import pytest
 from simulated_runs import SEQUENCE_LENGTH, TOKENS_PER_STEP, SimulatedRun
 
-from cluster.ledger import Ledger, LedgerRecipe
+from cluster.accounts.ledger import Ledger, LedgerRecipe
 
 TEN_MINUTES = 600.0
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.order import SLOTS, Mixture, NotReady, Order, file_order, mixture_units, permute
-from doge.errors import UserError
+from data_pipelines.order.order import SLOTS, Mixture, NotReady, Order, file_order, mixture_units, permute
+from doge.common.errors import UserError
 
 weights = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 100), min_size=1, max_size=8).filter(
     lambda found: min(found.values()) / sum(found.values()) > 1 / SLOTS

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from data_pipelines.embedded import SCHEME, identity, list_files, rows
-from doge.errors import UserError
+from data_pipelines.sources.embedded import SCHEME, identity, list_files, rows
+from doge.common.errors import UserError
 
 BYTES = 60_000
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from doge.errors import UserError
-from doge.optimizer import OptimizerRecipe, SchedulerRecipe
+from doge.common.errors import UserError
+from doge.training.optimizer import OptimizerRecipe, SchedulerRecipe
 
 
 def test_warmup_stable_and_decay():
@@ -25,8 +25,8 @@ def test_impossible_phases_are_refused():
 
 
 def test_norms_residual_weights_and_a_do_not_decay():
-    from doge.configuration import ModelRecipe
-    from doge.modeling import build_model
+    from doge.model.configuration import ModelRecipe
+    from doge.model.modeling import build_model
 
     model = build_model(ModelRecipe(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).build())
     decayed, free = OptimizerRecipe(weight_decay=0.01).build(model).param_groups

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doge.probe import MicroBatchCache, find_micro_batch, fits, is_out_of_memory, probe_micro_batch
-from doge.storage import Storage
+from doge.common.storage import Storage
+from doge.training.micro_batch import MicroBatchCache, find_micro_batch, fits, is_out_of_memory, probe_micro_batch
 
 CIRCUMSTANCES = {"device": "NVIDIA GeForce RTX 4090", "sequence_length": 2048, "zero_stage": 1}
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_pipelines import encoding
-from data_pipelines.encoding import tokenize
-from data_pipelines.packing import ragged
-from doge.errors import UserError
-from doge.tokenizer import (
+from data_pipelines.tokenizing import encoding
+from data_pipelines.tokenizing.encoding import tokenize
+from data_pipelines.tokenizing.packing import ragged
+from doge.common.errors import UserError
+from doge.tokenizer.training import (
     SPECIAL_TOKENS,
     TokenizerRecipe,
     check_vocabulary,
@@ -170,8 +170,8 @@ def test_preparing_opens_a_tokenizer_without_torch(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     script = (
         "import sys\n"
-        "from data_pipelines.encoding import tokenize\n"
-        "from doge.tokenizer import load_tokenizer\n"
+        "from data_pipelines.tokenizing.encoding import tokenize\n"
+        "from doge.tokenizer.training import load_tokenizer\n"
         "(ids,) = tokenize(load_tokenizer(sys.argv[1]), ['The sum of 7'])\n"
         "print(ids.tolist(), 'torch' in sys.modules)\n"
     )

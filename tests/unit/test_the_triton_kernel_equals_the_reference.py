@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from doge.attention import KeyWindow, dynamic_mask_attention, functional, key_expiry, lifetimes
-from doge.attention import triton_attention as triton_module
-from doge.attention.layer import PADDED_KEY_BIAS
-from doge.attention.triton_attention import Blocks, supports, triton_attention
+from doge.model.attention import KeyWindow, dispatch, dynamic_mask_attention, key_expiry, lifetimes
+from doge.model.attention import triton_attention as triton_module
+from doge.model.attention.layer import PADDED_KEY_BIAS
+from doge.model.attention.triton_attention import Blocks, supports, triton_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(triton_module.triton is None, reason="needs triton")
@@ -52,12 +52,12 @@ def test_it_declines_what_no_kernel_takes():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
 def test_why_they_decline_is_said_once_and_breaks_no_graph(head_dim, dtype, reason, caplog):
-    functional._say.cache_clear()
+    dispatch._say.cache_clear()
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def ask(states):
-        return states + functional._kernels_take(states.device, states.dtype, states.shape[-1])
+        return states + dispatch._kernels_take(states.device, states.dtype, states.shape[-1])
 
     with caplog.at_level(logging.WARNING, "doge"):
         for batch in (1, 2, 3):

@@ -2,8 +2,8 @@
 
 import torch
 
-from doge.configuration import ModelRecipe
-from doge.modeling import DogeForCausalLM, build_model
+from doge.model.configuration import ModelRecipe
+from doge.model.modeling import DogeForCausalLM, build_model
 
 VOCAB_SIZE = 128
 

@@ -1,0 +1,205 @@
+"""The whole recipe of a pretraining run: one tree whose parts lie beside the code that they configure."""
+
+import os
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from cluster.accounts.ledger import LedgerRecipe
+from data_pipelines.sources.files import DataRecipe
+from doge.common.config_tree import flatten
+from doge.common.errors import UserError
+from doge.model.configuration import ModelRecipe, num_parameters
+from doge.reporting.tracking import TrackingRecipe
+from doge.tokenizer.training import TokenizerRecipe
+from doge.training.engine import EngineRecipe
+from doge.training.optimizer import OptimizerRecipe, SchedulerRecipe
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    max_steps: int = 8_000
+    global_batch_size: int = 256
+    """Sequences of every step, whatever the number of workers."""
+    micro_batch_size: int | None = None
+    """Most sequences that a worker takes at once; by default what fits in its GPU's memory, and 8 on a CPU. The result
+    does not depend on it."""
+    seed: int = 233
+    """Of the initial weights."""
+    eval_steps: int = 500
+    """Steps between two held-out losses."""
+    save_steps: int = 200
+    """Steps between two checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints that are kept, the newest."""
+    logging_steps: int = 10
+    """Steps between two lines of a job's log, and between two expert statistics."""
+    record_samples: bool = False
+    """Write down which sequence was which in every step."""
+    gradient_checkpointing: bool = False
+    """Trade a third more computation for activation memory."""
+
+    def __post_init__(self):
+        for name in (
+            "max_steps", "global_batch_size", "micro_batch_size", "eval_steps", "save_steps", "save_total_limit",
+            "logging_steps",
+        ):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"training.{name} must be at least 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class ScalingRecipe:
+    num_workers: int | tuple[int, int] | None = None
+    """Workers that train: so many, or from a minimum to a maximum as they come and go; by default from one to all that
+    the cluster has: one for each GPU, or one for each machine without GPUs."""
+    use_gpu: bool | None = None
+    """By default, whether the cluster has GPUs."""
+    num_cpus_per_worker: float = 1.0
+    """What Ray reserves for a worker; without a GPU it computes on its share of the node's cores all the same."""
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    """Custom resources of Ray that a worker needs besides, for clusters that mark their nodes."""
+    shares: Literal["measured", "equal"] = "measured"
+    """Whether a worker's share of a step follows its speed; equal shares give two runs the same losses to the digit."""
+    wait_timeout_s: float = 600.0
+    """Seconds to wait for the smallest number of workers before the run ends; 0 does not wait."""
+    hang_timeout_s: float = 60.0
+    """Seconds without an answer after which a worker counts as lost and is replaced."""
+    warm_spares: int = 1
+    """Processes on every node that have imported everything and wait to take a lost worker's place."""
+    max_failures: int = 8
+    """Times in a row that the workers may fail without a new step having been made, and that a process may fail to
+    start on a node before that is left out; -1 sets no limit."""
+    address: str | None = None
+    """Of a Ray cluster; by default the one this machine belongs to, or a new one of this machine alone."""
+
+    def __post_init__(self):
+        if self.min_workers < 1:
+            raise UserError(f"scaling.num_workers must be at least 1, not {self.num_workers}.")
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise UserError(
+                f"scaling.num_workers goes from {self.min_workers} down to {self.max_workers}: give the minimum first."
+            )
+        if not 0 <= self.num_cpus_per_worker < inf:
+            raise UserError(
+                f"scaling.num_cpus_per_worker must be finite and not negative, not {self.num_cpus_per_worker}."
+            )
+        if self.num_cpus_per_worker == 0 and not self.resources_per_worker and not self.use_gpu:
+            raise UserError("scaling.num_cpus_per_worker may be 0 only for workers that reserve something else.")
+        if self.max_failures < -1:
+            raise UserError(f"scaling.max_failures must be at least -1 (no limit), not {self.max_failures}.")
+        for name in ("wait_timeout_s", "warm_spares"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"scaling.{name} must not be negative, not {getattr(self, name)}.")
+        if not self.hang_timeout_s >= 5:
+            raise UserError(f"scaling.hang_timeout_s must be at least 5 seconds, not {self.hang_timeout_s}.")
+
+    @property
+    def min_workers(self) -> int:
+        if self.num_workers is None:
+            return 1
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int | None:
+        """None is as many as the cluster has room for."""
+        return self.num_workers if isinstance(self.num_workers, int | None) else self.num_workers[1]
+
+
+def _default_storage() -> str:
+    return os.environ.get("DOGE_HOME", "~/doge")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = "Doge-20M"
+    """Of the run: the same name goes on with the same run."""
+    storage: str = field(default_factory=_default_storage)
+    """Root of everything durable: a directory, or a URI such as s3://bucket/doge. DOGE_HOME sets the default."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    lr_scheduler: SchedulerRecipe = field(default_factory=SchedulerRecipe)
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    scaling: ScalingRecipe = field(default_factory=ScalingRecipe)
+    tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
+    ledger: LedgerRecipe = field(default_factory=LedgerRecipe)
+
+    def check(self) -> None:
+        """Raise UserError where the parts do not fit together; starts nothing and reads nothing."""
+        config = self.model.build()
+        if self.data.sequence_length > config.max_position_embeddings:
+            raise UserError(
+                f"data.sequence_length ({self.data.sequence_length}) is beyond the model's max_position_embeddings "
+                f"({config.max_position_embeddings}): lower it, or set --model.max-position-embeddings."
+            )
+        if self.tokenizer.path is None and self.tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"tokenizer.vocab_size ({self.tokenizer.vocab_size}) does not fit the model's vocab_size "
+                f"({config.vocab_size}): lower it, or set --model.vocab-size."
+            )
+        self.engine.check()
+        self.lr_scheduler.check(self.training.max_steps)
+        self.check_workers(self.scaling.min_workers)
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise UserError(f"name = {self.name!r} must be a plain name, since a directory is called by it.")
+
+    def check_workers(self, num_workers: int) -> None:
+        """Raise UserError if a step has not a sequence for every worker."""
+        if self.training.global_batch_size < num_workers:
+            raise UserError(
+                f"training.global_batch_size ({self.training.global_batch_size}) is smaller than the number of "
+                f"workers ({num_workers}): raise it, or lower --scaling.num-workers."
+            )
+
+    @property
+    def training_sequences(self) -> int:
+        """Sequences that the whole run trains on."""
+        return self.training.max_steps * self.training.global_batch_size
+
+    def plan(self) -> list[tuple[str, str]]:
+        """What a run will do, as labelled lines for a reader."""
+        config, training, schedule = self.model.build(), self.training, self.lr_scheduler
+        total, active = num_parameters(config), num_parameters(config, active=True)
+        parameters = f"{total / 1e6:,.1f}M parameters"
+        if active != total:
+            parameters += f" ({active / 1e6:,.1f}M active a token)"
+        tokens = self.training_sequences * self.data.sequence_length
+        batch = f"{training.global_batch_size:,} sequences × {self.data.sequence_length:,}"
+        states = total * (2 + 4 + 12) / 2**30  # bf16 weights, fp32 gradients, master weights and two moments
+        layers = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+        return [
+            ("model", f"{self.model.preset}, {parameters}, {layers}, vocabulary {config.vocab_size:,}"),
+            ("data", ", ".join(f"{name} {source.weight:g}" for name, source in self.data.sources.items())),
+            ("steps", f"{training.max_steps:,} × {batch} = {tokens / 1e6:,.1f}M tokens"),
+            ("optimizer", f"AdamW, peak learning rate {self.optimizer.lr:g}"),
+            ("schedule", f"{schedule.warmup_steps:,} steps of warm-up, {schedule.decay_steps:,} of decay to zero"),
+            ("engine", f"DeepSpeed ZeRO-{self.engine.zero_stage}, precision {self.engine.precision}"),
+            ("memory", f"{states:,.2f} GiB of model and optimizer states on one worker, besides activations"),
+            ("run", f"{self.storage}/runs/{self.name}"),
+        ]
+
+
+# What may change when a run goes on: neither a sample nor a gradient depends on it, or it only says when to stop.
+_FREE = (
+    "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
+    "training.save_steps", "training.save_total_limit", "training.logging_steps", "training.record_samples",
+    "training.gradient_checkpointing", "lr_scheduler.decay_steps", "engine.", "scaling.", "tracking.", "ledger.",
+    "data.",
+)  # fmt: skip
+
+
+def check_same_run(recipe: Recipe, started: Recipe) -> None:
+    """Raise UserError if ``recipe`` cannot go on with the run that ``started`` began.
+
+    The data is not compared here: its order has a fingerprint of its own, which the checkpoint holds.
+    """
+    before = flatten(started)
+    for key, value in flatten(recipe).items():
+        if not key.startswith(_FREE) and before.get(key) != value:
+            raise UserError(
+                f"The run {recipe.name} was started with {key} = {before.get(key)}, not {value}: "
+                f"choose another --name, or --from one of its checkpoints."
+            )

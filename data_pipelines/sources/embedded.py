@@ -1,0 +1,201 @@
+"""The text that every machine already has: its Python installation.
+
+Four virtual sources stand in for smollm-corpus: ``prose`` (the language reference's topics and the documentation in
+docstrings), ``conversation`` (docstring to function), ``code`` (whole modules) and ``arithmetic`` (generated). Modules
+are parsed, never imported. A virtual file is a run of modules, named ``python-installation://KIND/FROM-TO/MAX_BYTES``
+after its place in a list that depends only on what is installed.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import os
+import random
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from doge.common.errors import UserError
+
+SCHEME = "python-installation://"
+PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "sklearn", "matplotlib", "ray", "pyarrow", "networkx")
+KINDS = ("prose", "conversation", "code", "arithmetic")
+SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "ensurepip", "test", "tests", "_vendor", "testing"}
+LARGEST_MODULE = 300_000  # bytes; above that a module is a table
+FILES = {"prose": 32, "conversation": 16, "code": 4, "arithmetic": 4}  # few shards are quick, large ones pad little
+YIELD = {"prose": 0.25, "conversation": 0.35, "code": 1.0}  # bytes of text a byte of source, roughly
+PROBLEMS = 20  # a document of arithmetic
+DOCUMENT_BYTES = 1200  # of those, roughly
+
+
+def list_files(path: str, max_bytes: int) -> list[tuple[str, int, str]]:
+    """(path, size, identity) of a virtual source's files. Raises UserError for an unknown kind."""
+    kind = path.removeprefix(SCHEME).strip("/")
+    if kind not in KINDS:
+        raise UserError(f"{path} is no source: write one of {', '.join(SCHEME + kind for kind in KINDS)}.")
+    if max_bytes < 1:
+        raise UserError(f"max_bytes of {path} must be positive, not {max_bytes}.")
+    count = max(1, max_bytes // DOCUMENT_BYTES) if kind == "arithmetic" else len(_modules(kind, max_bytes))
+    bounds = [count * at // FILES[kind] for at in range(FILES[kind] + 1)]
+    names = [f"{SCHEME}{kind}/{a}-{b}/{max_bytes}" for a, b in pairwise(bounds) if a < b]
+    return [(name, 0, identity(name)) for name in names]
+
+
+def identity(name: str) -> str:
+    """Hex sha256 of all that the file's rows depend on."""
+    kind, start, stop, max_bytes = _parse(name)
+    if kind == "arithmetic":
+        return hashlib.sha256(f"arithmetic 1 {start} {stop}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{kind} 1".encode())
+    for module, path in _modules(kind, max_bytes)[start:stop]:
+        digest.update(f"{module}\x00".encode() + hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def rows(name: str) -> Iterator[dict[str, str]]:
+    """The documents of a virtual file, as rows with ``text``, and ``prompt`` for a conversation."""
+    kind, start, stop, max_bytes = _parse(name)
+    if kind == "arithmetic":
+        yield from ({"text": _arithmetic(number)} for number in range(start, stop))
+        return
+    make = {"prose": _prose, "conversation": _conversations, "code": _code}[kind]
+    for module, path in _modules(kind, max_bytes)[start:stop]:
+        try:
+            source = Path(path).read_text("utf-8")
+            yield from make(module, source)
+        except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
+            continue  # a test file for broken syntax, or one written for another version
+
+
+def _parse(name: str) -> tuple[str, int, int, int]:
+    kind, bounds, max_bytes = name.removeprefix(SCHEME).split("/")
+    start, stop = bounds.split("-")
+    return kind, int(start), int(stop), int(max_bytes)
+
+
+@lru_cache(maxsize=8)
+def _modules(kind: str, max_bytes: int) -> list[tuple[str, str]]:
+    """(dotted name, path) of the modules that a kind reads: shuffled by their names' hash, cut at its byte budget."""
+    available = _all_modules()
+    topics = [entry for entry in available if entry[0] == "pydoc_data.topics"]
+    if kind == "prose":
+        chosen = topics + [entry for at, entry in enumerate(available) if at % 4 and entry not in topics]
+    elif kind == "conversation":
+        chosen = [entry for at, entry in enumerate(available) if at % 4 == 0 and entry not in topics]
+    else:
+        standard = sysconfig.get_path("stdlib")
+        chosen = [entry for entry in available if entry[1].startswith(standard) and entry not in topics]
+    budget, modules = max_bytes / YIELD[kind], []
+    for module, path in chosen:
+        if budget <= 0:
+            break
+        size = Path(path).stat().st_size
+        budget -= size * (1 / YIELD[kind] if module == "pydoc_data.topics" else 1)
+        modules.append((module, path))
+    return sorted(modules, key=lambda entry: _hash("file", entry[0]))
+
+
+@lru_cache(maxsize=1)
+def _all_modules() -> list[tuple[str, str]]:
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            roots.append(Path(spec.origin).parent)
+    found = {}
+    for at, root in enumerate(roots):
+        prefix = "" if at == 0 else f"{root.name}."
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
+            for name in names:
+                if name.endswith(".py"):
+                    path = Path(folder) / name
+                    dotted = prefix + ".".join(path.relative_to(root).with_suffix("").parts)
+                    limit = float("inf") if dotted == "pydoc_data.topics" else LARGEST_MODULE
+                    if 500 < path.stat().st_size < limit:
+                        found[dotted.removesuffix(".__init__")] = str(path)
+    return sorted(found.items(), key=lambda entry: _hash("module", entry[0]))
+
+
+def _hash(*parts: str) -> bytes:
+    return hashlib.sha256("\x00".join(parts).encode()).digest()
+
+
+def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+    """Dotted name and node of every function and class, outer ones first, local ones left out."""
+    for node in getattr(tree, "body", ()):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from _definitions(node, f"{prefix}{node.name}.")
+
+
+def _prose(module: str, source: str) -> Iterator[dict[str, str]]:
+    """A topic each of the language reference; otherwise one document with all docstrings of a module."""
+    tree = ast.parse(source)
+    if module == "pydoc_data.topics":
+        for topic, text in sorted(ast.literal_eval(tree.body[-1].value).items()):
+            yield {"text": f"{topic}\n\n{text}"}
+        return
+    parts = [f"{module}\n\n{text}"] if (text := ast.get_docstring(tree)) else []
+    for name, node in _definitions(tree, f"{module}."):
+        text = ast.get_docstring(node)
+        if text and len(text) > 60:
+            parts.append(f"{name}\n\n{text}")
+    if parts:
+        yield {"text": "\n\n".join(parts)}
+
+
+def _conversations(module: str, source: str) -> Iterator[dict[str, str]]:
+    """What a documented function does as the prompt, its code without the docstring as the answer."""
+    lines = source.splitlines()
+    for name, node in _definitions(ast.parse(source), ""):
+        text = ast.get_docstring(node)
+        if isinstance(node, ast.ClassDef) or not text or len(node.body) < 2:
+            continue
+        documentation = node.body[0]
+        code = lines[node.lineno - 1 : documentation.lineno - 1] + lines[documentation.end_lineno : node.end_lineno]
+        indent = min((len(line) - len(line.lstrip()) for line in code if line.strip()), default=0)
+        prompt = f"Write the Python function `{name}` of the module `{module}`.\n\n{text}"
+        yield {"prompt": prompt, "text": "\n".join(line[indent:] for line in code)}
+
+
+def _code(module: str, source: str) -> Iterator[dict[str, str]]:
+    yield {"text": f"# {module.replace('.', '/')}.py\n{source}"}
+
+
+def _arithmetic(number: int) -> str:
+    """Twenty worked problems; a pure function of ``number``."""
+    source = random.Random(f"arithmetic {number}")
+    return "\n\n".join(source.choice(_PROBLEMS)(source) for _ in range(PROBLEMS))
+
+
+def _sum(source: random.Random) -> str:
+    a, b = source.randrange(10_000), source.randrange(10_000)
+    return f"What is {a} + {b}?\n{a} + {b} = {a + b}"
+
+
+def _difference(source: random.Random) -> str:
+    a, b = sorted((source.randrange(10_000), source.randrange(10_000)), reverse=True)
+    return f"What is {a} - {b}?\n{a} - {b} = {a - b}, because {b} + {a - b} = {a}."
+
+
+def _product(source: random.Random) -> str:
+    a, b = source.randrange(2, 100), source.randrange(11, 100)
+    tens, ones = b // 10 * 10, b % 10
+    return f"What is {a} * {b}?\n{a} * {b} = {a} * {tens} + {a} * {ones} = {a * tens} + {a * ones} = {a * b}"
+
+
+def _quotient(source: random.Random) -> str:
+    a, b = source.randrange(100, 10_000), source.randrange(2, 100)
+    return f"Divide {a} by {b}.\n{a} = {b} * {a // b} + {a % b}, so the quotient is {a // b} and the remainder {a % b}."
+
+
+def _equation(source: random.Random) -> str:
+    a, x, b = source.randrange(2, 20), source.randrange(-50, 50), source.randrange(1, 100)
+    return f"Solve {a}x + {b} = {a * x + b}.\n{a}x = {a * x + b} - {b} = {a * x}, so x = {a * x} / {a} = {x}."
+
+
+_PROBLEMS = (_sum, _difference, _product, _quotient, _equation)

@@ -1,0 +1,122 @@
+"""Documents to token ids: the whole cost of preparing text.
+
+gigatoken encodes byte-level BPE some fifty times faster a core than `tokenizers`, and hands on arrays. It is trusted
+only as far as it agrees: each call, that is each part of a file, compares a sample of its documents and falls back at
+the first difference, as it does where gigatoken is not there or cannot read the tokenizer.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipelines.tokenizing.packing import Ragged, token_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH = 512  # documents that `tokenizers` encodes at a time
+SAMPLE, SAMPLE_CHARACTERS = 32, 1000  # pieces of documents that are compared, and their length
+
+_log = logging.getLogger(__name__)
+
+
+def tokenize(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[str | tuple[str, str]]) -> Ragged:
+    """Token ids of documents, each from BOS (if there is one) to EOS; nothing of a document without text.
+
+    A (prompt, text) pair goes through the chat template, which brings both. In plain text, what looks like a special
+    token is text. All documents are of one kind.
+    """
+    dtype = token_dtype(len(tokenizer))
+    if documents and isinstance(documents[0], tuple):
+        encoded = _encode(tokenizer, [_render(tokenizer, *turns) for turns in documents], special=True)
+        return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths)
+    return _enclose(_encode(tokenizer, documents, special=False), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+
+
+def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsignedinteger]) -> Ragged:
+    """Put BOS, if there is one, and EOS around every document that is not empty."""
+    full = documents.lengths > 0
+    lengths = documents.lengths + full * (1 if bos is None else 2)
+    ends = np.cumsum(lengths)[full]
+    values = np.empty(int(lengths.sum()), dtype)
+    inner = np.ones(len(values), bool)
+    inner[ends - 1] = False
+    values[ends - 1] = eos
+    if bos is not None:
+        starts = ends - lengths[full]
+        inner[starts] = False
+        values[starts] = bos
+    values[inner] = documents.values
+    return Ragged(values, lengths)
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", prompt: str, text: str) -> str:
+    if not prompt and not text:
+        return ""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> Ragged:
+    """Ids of each text; ``special`` says whether the text of a special token becomes that token."""
+    fast = _gigatoken(tokenizer, special) if texts else None
+    if fast is not None:
+        try:
+            if _agree(fast, tokenizer, texts, special):
+                return _with_gigatoken(fast, texts)
+            _say("gigatoken does not agree with tokenizers: such files are encoded without it, more slowly.")
+        except Exception as error:  # whatever it stumbles over
+            _say(f"gigatoken failed ({type(error).__name__}: {error}): such files are encoded without it, more slowly.")
+    return _with_tokenizers(tokenizer, texts, special)
+
+
+def _agree(fast, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> bool:
+    """Whether both give the same ids for a sample: a piece each of documents all over, ever farther on in them."""
+    chosen = [texts[at * len(texts) // SAMPLE] for at in range(SAMPLE)]
+    starts = [max(0, len(text) - SAMPLE_CHARACTERS) * at // (SAMPLE - 1) for at, text in enumerate(chosen)]
+    sample = [text[start : start + SAMPLE_CHARACTERS] for text, start in zip(chosen, starts, strict=True)]
+    theirs, ours = _with_gigatoken(fast, sample), _with_tokenizers(tokenizer, sample, special)
+    return np.array_equal(theirs.lengths, ours.lengths) and np.array_equal(theirs.values, ours.values)
+
+
+def _with_gigatoken(fast, texts: Sequence[str]) -> Ragged:
+    layout = fast.encode_batch(list(texts), parallel=False).layout  # awkward's: one array of all ids, one of offsets
+    offsets = np.asarray(layout.offsets.data)
+    return Ragged(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
+
+
+def _with_tokenizers(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> Ragged:
+    backend, dtype = tokenizer.backend_tokenizer, token_dtype(len(tokenizer))
+    backend.encode_special_tokens = not special
+    found = [np.empty(0, dtype)]
+    for at in range(0, len(texts), BATCH):
+        encodings = backend.encode_batch_fast(texts[at : at + BATCH], add_special_tokens=False)
+        found += [np.array(encoding.ids, dtype) for encoding in encodings]
+    return Ragged(np.concatenate(found), np.array([len(ids) for ids in found[1:]], np.int64))
+
+
+@lru_cache(maxsize=4)
+def _gigatoken(tokenizer: "PreTrainedTokenizerFast", special: bool):
+    """gigatoken's reading of a tokenizer; None where it is not installed or cannot read it."""
+    try:
+        from gigatoken import Tokenizer
+
+        config = json.loads(tokenizer.backend_tokenizer.to_str())
+        if not special:
+            config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
+        return Tokenizer.from_json(json.dumps(config))
+    except ImportError:
+        return None
+    except Exception as error:  # a layout it does not know
+        _say(f"gigatoken cannot read this tokenizer ({error}): going on without it, more slowly.")
+        return None
+
+
+@lru_cache(maxsize=64)
+def _say(message: str) -> None:
+    """Warn once a process."""
+    _log.warning(message)

@@ -1,0 +1,181 @@
+"""Shards: tokenized, packed and committed parts of an input file, each a pure function of its address.
+
+A shard is addressed by a key, the hash of (content of the input file, format, tokenizer, packing), and a part: part p
+holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)`` of the file.
+
+    shards/KEY/00003.arrow   one Arrow record batch, uncompressed so that it can be memory-mapped:
+                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>
+    shards/KEY/00003.json    the commit record, written after it
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data_pipelines.sources.files import SUFFIXES, DataRecipe, InputFile, SourceRecipe, Unreadable, documents, read_rows
+from data_pipelines.tokenizing.encoding import tokenize
+from data_pipelines.tokenizing.packing import Packed, pack, token_dtype
+from doge.common.storage import Storage, sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT_VERSION = 1  # raise it when the same address would give other content
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The commit record of a shard.
+
+    Args:
+        rows: sequences.
+        tokens: of all documents, without the last row's padding.
+        documents: with text, of those read.
+        bytes: size of the Arrow file.
+        sha256: of the Arrow file.
+        last: whether the input file ends with this part.
+        skipped: why the input file was left out, if it was.
+    """
+
+    rows: int
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+    last: bool
+    skipped: str | None = None
+
+
+def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokenizer_fingerprint: str) -> str:
+    """What all shards of a file are addressed by. Neither weights, seed nor path are in it."""
+    address = {
+        "version": FORMAT_VERSION,
+        "content": file.identity,
+        "layout": next((suffix for suffix in SUFFIXES if file.path.endswith(suffix)), "virtual"),
+        "format": source.format,
+        "columns": source.columns,
+        "tokenizer": tokenizer_fingerprint,
+        "sequence_length": recipe.sequence_length,
+        "documents_per_shard": recipe.documents_per_shard,
+    }
+    return hashlib.sha256(json.dumps(address, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shard_name(key: str, part: int) -> str:
+    return f"shards/{key}/{part:05d}.arrow"
+
+
+def record_name(key: str, part: int) -> str:
+    return f"shards/{key}/{part:05d}.json"
+
+
+def read_record(storage: Storage, key: str, part: int) -> ShardRecord | None:
+    """The commit record of a shard, None if it is not committed."""
+    try:
+        return ShardRecord(**json.loads(storage.read_bytes(record_name(key, part))))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def make_shard(
+    storage: Storage,
+    recipe: DataRecipe,
+    source: SourceRecipe,
+    file: InputFile,
+    key: str,
+    part: int,
+    tokenizer: "PreTrainedTokenizerFast",
+) -> ShardRecord | None:
+    """Read, tokenize, pack and commit one shard; None if the file ends before it.
+
+    Raises UserError when the file cannot be read, unless the recipe skips such files: then a shard without rows is
+    committed as the file's last.
+    """
+    start = part * recipe.documents_per_shard
+    skipped = None
+    try:
+        # one row more tells whether the file goes on
+        rows = read_rows(source, file, start, start + recipe.documents_per_shard + 1)
+        if not rows and part == 0:
+            raise Unreadable(f"{file.path} is empty: remove it, or set --data.skip-unreadable to leave such files out.")
+    except Unreadable as error:
+        if not recipe.skip_unreadable:
+            raise
+        rows, skipped = [], str(error)
+    if not rows and not skipped:
+        return None
+    last = len(rows) <= recipe.documents_per_shard
+    ids = tokenize(tokenizer, documents(source, rows[: recipe.documents_per_shard]))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    packed = pack(ids, recipe.sequence_length, pad, token_dtype(len(tokenizer)))
+    committed: dict[str, Any] = {}
+
+    def fill(path: str) -> None:
+        write_arrow(path, packed)
+        with open(path, "rb") as stream:
+            committed["bytes"] = stream.seek(0, 2)
+        committed["sha256"] = sha256(path)
+
+    storage.write(shard_name(key, part), fill)
+    record = ShardRecord(
+        rows=len(packed.tokens),
+        tokens=packed.length,
+        documents=int(np.count_nonzero(ids.lengths)),
+        last=last,
+        skipped=skipped,
+        **committed,
+    )
+    storage.write_bytes(record_name(key, part), json.dumps(asdict(record)).encode())
+    return record
+
+
+def write_arrow(path: str, packed: Packed) -> None:
+    import pyarrow as pa
+
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(packed.tokens.ravel()), packed.tokens.shape[1])
+    starts = pa.ListArray.from_arrays(pa.array(packed.offsets), pa.array(packed.starts))
+    batch = pa.record_batch([tokens, starts], names=["tokens", "starts"])
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+class OpenShard(NamedTuple):
+    """A memory-mapped shard: arrays as in `Packed`, read-only, valid as long as it is held."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    offsets: np.ndarray
+    length: int
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(tokens, segment starts, tokens before padding) of one sequence."""
+        starts = self.starts[self.offsets[row] : self.offsets[row + 1]]
+        width = self.tokens.shape[1]
+        return self.tokens[row], starts, min(width, self.length - row * width)
+
+
+class Damaged(Exception):
+    """A committed shard is not there or not what its record says."""
+
+
+def open_shard(path: str, record: ShardRecord) -> OpenShard:
+    """Memory-map a local shard after checking its sha256. Raises Damaged."""
+    import pyarrow as pa
+
+    try:
+        if sha256(path) != record.sha256:
+            raise Damaged(path)
+        batch = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(path) from error
+    tokens, starts = batch.column("tokens"), batch.column("starts")
+    width = tokens.type.list_size
+    return OpenShard(
+        tokens=tokens.flatten().to_numpy().reshape(-1, width),
+        starts=starts.values.to_numpy(),
+        offsets=starts.offsets.to_numpy(),
+        length=record.tokens,
+    )

@@ -1,0 +1,153 @@
+"""Recipes: YAML files of one tree of frozen dataclasses, any leaf of which the command line overrides.
+
+The dataclasses live beside the code that they configure; this file reads, checks, overrides and writes them.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tyro
+import yaml
+
+from doge.common.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_recipe(cls: type[T], path: str | Path) -> T:
+    """Read a YAML file into the dataclass tree ``cls``; keys that it leaves out keep their defaults.
+
+    A file that says ``base: other.yaml`` changes, key by key, the values of that file beside it. ``null`` for what is
+    a mapping there takes it out: ``data: {sources: {python-edu: null}}`` does without that source of the base.
+
+    Raises:
+        UserError: the file cannot be read or is no YAML mapping, its bases run in a circle, a key is unknown (the
+            nearest is named) or a type is wrong.
+    """
+    return from_dict(cls, _read_values(Path(path)), where=str(path))
+
+
+def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its base; ``children`` are the files that have this one as theirs."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe file {path}.") from None
+    except OSError as error:
+        raise UserError(f"The recipe {path} cannot be read ({error.strerror}): give a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"The recipe {path} is not UTF-8 text: give a YAML file.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not {values!r}.")
+    if "base" not in values:
+        return values
+    base, chain = values.pop("base"), (*children, path.resolve())
+    if not isinstance(base, str):
+        raise UserError(f"In {path}, base = {base!r} must be the name of a recipe file.")
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"In {path}, base: {base} leads back to a recipe that starts from this one: take it out.")
+    return _merged(_read_values(path.parent / base, chain), values)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    dropped = {key for key, value in changes.items() if value is None and isinstance(base.get(key), dict)}
+    merged = base | {key: _merged(base.get(key), value) for key, value in changes.items()}
+    return {key: value for key, value in merged.items() if key not in dropped}
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -> T:
+    """Build the dataclass tree ``cls`` from nested dictionaries. Raises UserError, naming the key."""
+    _refuse_unknown_keys(cls, values, (), where)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+            raise cause from None
+        raise UserError(f"In {where}, {key} = {first['input']!r} will not do: {first['msg']}.") from None
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """The tree as nested dictionaries that ``from_dict`` reads back to an equal tree."""
+    return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
+
+
+def to_yaml(recipe: Any) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def flatten(recipe: Any) -> dict[str, Any]:
+    """Leaves by dotted key, such as ``{"optimizer.lr": 0.008}``; equal trees give equal dictionaries."""
+    return dict(_leaves(to_dict(recipe), ""))
+
+
+def parse(command: type[T], default: T, arguments: Sequence[str], description: str, usage: str = "") -> T:
+    """Parse a command line over the dataclass tree ``command``, whose values start from ``default``.
+
+    ``usage`` is how the command is called, by default as the file that runs. Exits with status 0 after ``--help``.
+    Raises UserError for an unknown option, naming the nearest.
+    """
+    parsed, unknown = tyro.cli(
+        command,
+        default=default,
+        args=list(arguments),
+        description=description,
+        prog=usage or f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}",
+        return_unknown_args=True,
+    )
+    if unknown:
+        options = ["--" + key.replace("_", "-") for key in _option_names(default)]
+        typed = unknown[0].split("=")[0].replace("_", "-")
+        raise UserError(f"There is no option {unknown[0]}{_nearest(typed, options)}.")
+    return parsed
+
+
+def _option_names(default: Any) -> Iterator[str]:
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value)
+        else:
+            yield field.name.rstrip("_")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _refuse_unknown_keys(cls: Any, values: Any, path: tuple[str, ...], where: str) -> None:
+    if typing.get_origin(cls) is dict and isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_unknown_keys(typing.get_args(cls)[1], value, (*path, str(key)), where)
+    if not dataclasses.is_dataclass(cls):
+        return
+    if not isinstance(values, dict):
+        name = f"In {where}, {'.'.join(path)}" if path else where
+        raise UserError(f"{name} must hold keys and values, not {values!r}.")
+    types = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in types:
+            full = ".".join((*path, str(key)))
+            known = [".".join((*path, name)) for name in types]
+            raise UserError(f"In {where}, there is no key {full}{_nearest(full, known)}.")
+        _refuse_unknown_keys(types[key], value, (*path, key), where)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; the nearest is {matches[0]}" if matches else ""

@@ -1,0 +1,239 @@
+"""A key-value cache of W slots a head, which decodes exactly and in constant memory at any length.
+
+A key that has left the window never comes back, so its slot can be given to another: a new key takes the slot of the
+smallest bias, the earliest among equals, or none where its own is smaller. Until the window is full the cache grows by
+doubling. Slots are in no order; each remembers the place of its key in the row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, DogeConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from doge.model.attention.window import KeyWindow, kept_keys, key_expiry, take_keys
+
+FIRST_SLOTS = 64
+QUERY_CHUNK = 512  # queries masked at a time where several continue a cache
+NO_KEY = -(2**40)  # place of an empty slot: before every other
+
+
+class Slots(NamedTuple):
+    """What a layer's cache holds; see `DogeCacheLayer`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    biases: torch.Tensor
+    orders: torch.Tensor
+
+
+class DogeCache(Cache):
+    """The cache of a Doge model, for `generate(past_key_values=...)`; `doge.generation` has the slots without it.
+
+    No gradient flows into it, and what it has forgotten cannot be cropped back.
+
+    Args:
+        config: of the model.
+
+    Attributes:
+        packs_documents: whether it may be filled with documents packed in one row.
+    """
+
+    packs_documents: bool = False
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(layers=[DogeCacheLayer(KeyWindow.of(config)) for _ in range(config.num_hidden_layers)])
+
+    def fill(self, key, value, bias, order, layer_idx: int) -> None:
+        """See `DogeCacheLayer.fill`."""
+        self.layers[layer_idx].fill(key, value, bias, order)
+
+    def attend(self, query, key, value, bias, order, layer_idx: int) -> torch.Tensor:
+        """See `DogeCacheLayer.attend`."""
+        return self.layers[layer_idx].attend(query, key, value, bias, order)
+
+
+class DogeCacheLayer(CacheLayerMixin):
+    """The slots of one layer.
+
+    Attributes:
+        keys, values: (batch, kv_heads, slots, head_dim), the keys rotated.
+        biases: (batch, kv_heads, slots) float32, -inf where a slot is empty.
+        orders: (batch, kv_heads, slots) int64, the place of each key in its row; see `DogeAttention.forward`.
+        seen: tokens so far, those that were forgotten included.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, window: KeyWindow):
+        super().__init__()
+        self.window = window
+        self.biases: torch.Tensor | None = None
+        self.orders: torch.Tensor | None = None
+        self.seen = 0
+
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.keys, self.values, self.biases, self.orders)
+
+    @torch.no_grad()
+    def fill(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> None:
+        """Begin with a prompt: of its keys the newest query's are kept.
+
+        Args:
+            key, value: (batch, kv_heads, seq, head_dim).
+            bias: (batch, kv_heads, seq) float32.
+            order: (batch or 1, seq), by default 0, 1, 2, ...
+        """
+        order = self._orders(bias, order)
+        kept = kept_keys(bias, self.window, order)
+        self._replace(*(take_keys(states, kept) for states in (key, value, bias, order)))
+        self.seen = bias.shape[2]
+
+    def attend(self, query, key, value, bias, order: torch.Tensor | None) -> torch.Tensor:
+        """Attention of the newest tokens to those of the cache and to their own, which it takes in.
+
+        Args:
+            query: (batch, heads, queries, head_dim).
+            key, value, bias, order: of the same tokens, as of `fill`; order goes on from the cache's.
+
+        Returns:
+            (batch, queries, heads, head_dim).
+        """
+        order = self._orders(bias, order)
+        with torch.no_grad():
+            self._make_room(query.shape[2])
+        self.seen += query.shape[2]
+        if query.shape[2] > 1:
+            return self._attend_several(query, key, value, bias, order)
+        with torch.no_grad():
+            insert_key(self.keys, self.values, self.biases, self.orders, key, value, bias, order, self.window)
+        return attend_slots(query, self.keys, self.values, self.biases)
+
+    def _attend_several(self, query, key, value, bias, order) -> torch.Tensor:
+        number = min(self.seen - query.shape[2], self.keys.shape[2])  # of slots that are taken
+        by_order = self.orders.argsort(dim=-1)[..., self.keys.shape[2] - number :]
+        slots = (take_keys(states, by_order) for states in (self.keys, self.values, self.biases, self.orders))
+        new = (key, value, bias, order)
+        keys, values, biases, orders = (torch.cat(pair, dim=2) for pair in zip(slots, new, strict=True))
+        expiry = key_expiry(biases, self.window, orders)
+        chunks = []
+        for start in range(0, query.shape[2], QUERY_CHUNK):
+            part = query[:, :, start : start + QUERY_CHUNK]
+            i = number + start + torch.arange(part.shape[2], device=query.device)[:, None]
+            visible = (torch.arange(keys.shape[2], device=query.device) <= i) & (i < expiry[:, :, None])
+            mask = biases[:, :, None].masked_fill(~visible, -torch.inf)
+            chunks.append(_attend(part, keys, values, mask))
+        with torch.no_grad():
+            kept = kept_keys(biases, self.window, orders)
+            self._replace(*(take_keys(states, kept) for states in (keys, values, biases, orders)))
+        return torch.cat(chunks, dim=1)
+
+    def _orders(self, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """(batch, kv_heads, seq): the places of new tokens."""
+        if order is None:
+            order = torch.arange(self.seen, self.seen + bias.shape[2], device=bias.device)
+        return order.expand(bias.shape[0], -1)[:, None].expand(bias.shape)
+
+    def _make_room(self, tokens: int) -> None:
+        """Grow, as far as the window, until the next tokens find empty slots."""
+        slots = self.keys.shape[2]
+        needed = min(self.seen + tokens, self.window.size)
+        if needed > slots:
+            self._grow(min(max(needed, 2 * slots), self.window.size) - slots)
+
+    def _replace(self, keys, values, biases, orders) -> None:
+        """Hold these, and as many empty slots as there were."""
+        slots = self.keys.shape[2] if self.is_initialized else FIRST_SLOTS
+        self.keys, self.values, self.biases, self.orders = keys, values, biases, orders
+        self.is_initialized = True
+        self._grow(max(0, min(slots, self.window.size) - keys.shape[2]))
+
+    def _grow(self, number: int) -> None:
+        self.keys, self.values = (F.pad(states, (0, 0, 0, number)).contiguous() for states in (self.keys, self.values))
+        self.biases = F.pad(self.biases.float(), (0, number), value=-torch.inf).contiguous()
+        self.orders = F.pad(self.orders, (0, number), value=NO_KEY).contiguous()
+
+    # ---------------------------------------------------------------- as transformers asks for it
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0] if self.is_initialized else -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("A Doge cache begins with the first prompt.")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        raise NotImplementedError("A Doge cache also needs the biases of keys: use fill and attend.")
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = self.biases = self.orders = None
+        self.is_initialized, self.seen = False, 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these numbers, which may be repeated."""
+        if self.is_initialized:
+            self.keys, self.values, self.biases, self.orders = (
+                states.index_select(0, indices.to(states.device))
+                for states in (self.keys, self.values, self.biases, self.orders)
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+def insert_key(keys, values, biases, orders, key, value, bias, order, window: KeyWindow) -> None:
+    """Take one key a row and head into slots of which none is empty unless the window is not full yet; in place.
+
+    Args:
+        keys, values, biases, orders: see `DogeCacheLayer`.
+        key, value: (batch, kv_heads, 1, head_dim).
+        bias, order: (batch, kv_heads, 1).
+    """
+    competing = window.ranking(biases, orders)
+    if window.num_local:
+        competing = competing.masked_fill(orders > order - window.num_local, torch.inf)
+    lowest = competing.amin(-1, keepdim=True)
+    slot = torch.where(competing == lowest, orders, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
+    enters = window.ranking(bias, order) >= lowest
+    if window.num_local:
+        enters = torch.ones_like(enters)
+    wide = slot[..., None].expand(-1, -1, -1, keys.shape[-1])
+    keys.scatter_(2, wide, torch.where(enters[..., None], key, keys.gather(2, wide)))
+    values.scatter_(2, wide, torch.where(enters[..., None], value, values.gather(2, wide)))
+    biases.scatter_(2, slot, torch.where(enters, bias, biases.gather(2, slot)))
+    orders.scatter_(2, slot, torch.where(enters, order, orders.gather(2, slot)))
+
+
+def attend_slots(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+    """Attention of one token a row to all slots: (batch, heads, 1, head_dim) -> (batch, 1, heads, head_dim)."""
+    return _attend(query, keys, values, biases[:, :, None])
+
+
+def _attend(query, keys, values, mask) -> torch.Tensor:
+    """Attention with an additive mask (batch, kv_heads, queries or 1, keys): (batch, queries, heads, head_dim).
+
+    The heads of a group attend together, as further queries of their key-value head.
+    """
+    batch, heads, queries, head_dim = query.shape
+    grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # (batch, kv_heads, groups * queries, head_dim)
+    mask = mask[:, :, None].expand(-1, -1, heads // keys.shape[1], queries, -1).flatten(2, 3)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=head_dim**-0.5)
+    return output.view(batch, heads, queries, head_dim).transpose(1, 2)

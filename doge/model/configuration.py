@@ -1,0 +1,252 @@
+"""The eight Doge and Doge-MoE sizes, and the arithmetic of what they cost.
+
+Dense models use transformers' own `DogeConfig`, so that a checkpoint of ours opens in a stock installation. MoE models
+carry `model_type = "doge_moe"`, which a stock installation refuses: its own MoE layer computes something else, and
+loading ours into it would be silently wrong.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+from transformers import DogeConfig
+
+from doge.common.errors import UserError
+
+SPECIAL_TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+_DENSE_SIZES = {  # hidden, intermediate, layers, heads, key-value heads
+    "Doge-20M": (256, 512, 8, 2, 1),
+    "Doge-60M": (512, 1024, 16, 4, 2),
+    "Doge-160M": (768, 1536, 24, 6, 3),
+    "Doge-320M": (1024, 2048, 32, 8, 4),
+}
+_MOE_SIZES = {  # dense size it grows from, experts, expert heads, experts per token and head
+    "Doge-MoE-20M": ("Doge-20M", 512, 1, 2),
+    "Doge-MoE-80M": ("Doge-60M", 1024, 2, 4),
+    "Doge-MoE-220M": ("Doge-160M", 1536, 3, 6),
+    "Doge-MoE-500M": ("Doge-320M", 2048, 4, 8),
+}
+
+
+class DogeMoeConfig(DogeConfig):
+    """Configuration of a Doge model whose feed-forward layers are a shared expert plus retrieved experts.
+
+    Beside the fields of `DogeConfig`:
+        num_experts: experts in a layer, laid out on the grid of `expert_grid`.
+        num_expert_heads: independent retrievals per token.
+        num_experts_per_tok: experts that each expert head retrieves for a token.
+        expert_retrieval_size: size r of a head's query; each half, r / 2 wide, is matched against one side of the grid.
+    """
+
+    model_type = "doge_moe"
+    base_model_tp_plan = None
+
+    is_moe: bool = True
+    num_experts: int = 512
+    num_expert_heads: int = 1
+    num_experts_per_tok: int = 2
+    expert_retrieval_size: int = 256
+    router_aux_loss_coef: float = 0.0
+
+
+def expert_grid(num_experts: int) -> tuple[int, int]:
+    """The sides (n1, n2), n1 <= n2, n1 * n2 == num_experts, of the rectangle closest to a square."""
+    rows = next(n for n in range(math.isqrt(num_experts), 0, -1) if num_experts % n == 0)
+    return rows, num_experts // rows
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which model to build: a preset by name, and fields to change in it (`None` keeps the preset's value).
+
+    The names are those of `DogeConfig` and `DogeMoeConfig`; those about experts are for MoE presets only.
+    """
+
+    preset: str = "Doge-20M"
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int | None = None
+    keep_window_size: int | None = None
+    num_sink_keys: int | None = None
+    """Of the window, places for the first keys of a document, whatever their bias; beyond transformers' model."""
+    num_local_keys: int | None = None
+    """Of the window, places for the last keys, the query's own included."""
+    num_experts: int | None = None
+    num_expert_heads: int | None = None
+    num_experts_per_tok: int | None = None
+    expert_retrieval_size: int | None = None
+    initializer_range: float | None = None
+
+    def build(self) -> DogeConfig:
+        """The configuration: `DogeMoeConfig` for an MoE preset, `DogeConfig` for a dense one.
+
+        Raises:
+            UserError: unknown preset, or fields that do not fit together.
+        """
+        config = preset_config(self.preset)
+        changes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not isinstance(config, DogeMoeConfig):
+            for name in changes:
+                if "expert" in name:
+                    raise UserError(
+                        f"{name} needs an MoE preset ({', '.join(_MOE_SIZES)}), but {self.preset} is dense."
+                    )
+        for name, value in changes.items():
+            if name == "initializer_range":
+                if not 0 < value < 1:
+                    raise UserError(f"initializer_range must be between 0 and 1, not {value!r}.")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+            setattr(config, name, value)
+        check_config(config)
+        return config
+
+
+def preset_names() -> list[str]:
+    """All preset names, dense then MoE, each from small to large."""
+    return [*_DENSE_SIZES, *_MOE_SIZES]
+
+
+def preset_config(name: str) -> DogeConfig:
+    """The configuration of a preset as published, e.g. `preset_config("Doge-MoE-20M")`.
+
+    Raises:
+        UserError: there is no such preset; the message names the nearest.
+    """
+    moe = {}
+    size = name
+    if name in _MOE_SIZES:
+        size, num_experts, num_expert_heads, num_experts_per_tok = _MOE_SIZES[name]
+        moe = {
+            "num_experts": num_experts,
+            "num_expert_heads": num_expert_heads,
+            "num_experts_per_tok": num_experts_per_tok,
+            "expert_retrieval_size": 256,
+        }
+    elif name not in _DENSE_SIZES:
+        by_folded_name = {preset.lower(): preset for preset in preset_names()}
+        (nearest,) = difflib.get_close_matches(name.lower(), by_folded_name, n=1, cutoff=0.0)
+        raise UserError(f"There is no preset {name!r}; did you mean {by_folded_name[nearest]!r}?")
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads = _DENSE_SIZES[size]
+    return (DogeMoeConfig if moe else DogeConfig)(
+        vocab_size=32768,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=2048,
+        keep_window_size=2048,
+        tie_word_embeddings=True,
+        # transformers' default of 0.001 makes trainers add an auxiliary MoE loss, even for a dense model.
+        router_aux_loss_coef=0.0,
+        **SPECIAL_TOKEN_IDS,
+        **moe,
+    )
+
+
+def check_config(config: DogeConfig) -> None:
+    """Raises `UserError`, one sentence naming the fields and their values, where they do not fit together."""
+    hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if hidden_size % heads:
+        raise UserError(f"hidden_size {hidden_size} must be divisible by num_attention_heads {heads}.")
+    if heads % kv_heads:
+        raise UserError(f"num_attention_heads {heads} must be divisible by num_key_value_heads {kv_heads}.")
+    if head_dim(config) % 2:
+        raise UserError(
+            f"hidden_size {hidden_size} over num_attention_heads {heads} gives an odd head_dim of {head_dim(config)}, "
+            "which rotary embeddings cannot split in two."
+        )
+    forced = getattr(config, "num_sink_keys", 0) + getattr(config, "num_local_keys", 0)
+    if forced >= config.keep_window_size:
+        raise UserError(
+            f"num_sink_keys and num_local_keys, {forced} together, leave no key of the keep_window_size "
+            f"{config.keep_window_size} to choose."
+        )
+    if config.sliding_window is not None:
+        raise UserError(f"sliding_window must be None, not {config.sliding_window}: use keep_window_size.")
+    if not isinstance(config, DogeMoeConfig):
+        if config.is_moe:
+            raise UserError("A DogeConfig with is_moe=True is transformers' MoE layout: load it with load_model.")
+        return
+    if config.num_experts < 4 or expert_grid(config.num_experts)[0] == 1:
+        raise UserError(
+            f"num_experts {config.num_experts} has no grid n1 x n2 with both sides at least 2: choose a number that is "
+            "not prime, best close to a square."
+        )
+    if config.num_experts_per_tok > config.num_experts:
+        raise UserError(
+            f"num_experts_per_tok {config.num_experts_per_tok} is more than the num_experts {config.num_experts}."
+        )
+    if config.expert_retrieval_size % 2:
+        raise UserError(
+            f"expert_retrieval_size {config.expert_retrieval_size} must be even: it is split in two halves."
+        )
+
+
+# They change what a model starts from, or which sequences it takes, and not what it computes within its window.
+_FREE_IN_CONTINUATION = {
+    "preset", "initializer_range", "max_position_embeddings", "keep_window_size", "num_sink_keys", "num_local_keys",
+}  # fmt: skip
+
+
+def check_same_function(recipe: ModelRecipe, trained: ModelRecipe) -> None:
+    """Raise UserError if weights of `trained` would compute something else in a model of `recipe`."""
+    wanted, found = recipe.build().to_dict(), trained.build().to_dict()
+    for name in sorted((wanted.keys() | found.keys()) - _FREE_IN_CONTINUATION):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"The checkpoint is of another model: its {name} is {found.get(name)}, not "
+                f"{wanted.get(name)}; choose the recipe's model to match."
+            )
+
+
+def head_dim(config: DogeConfig) -> int:
+    """Width of one attention head (transformers lets a config carry its own `head_dim`)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def num_parameters(config: DogeConfig, active: bool = False) -> int:
+    """Parameters of the model, tied embeddings counted once, by arithmetic alone (nothing is built).
+
+    With `active`, only those that one token uses: of all experts, the ones retrieved for it.
+    """
+    hidden, width = config.hidden_size, head_dim(config)
+    q_size, kv_size = config.num_attention_heads * width, config.num_key_value_heads * width
+    attention = 2 * hidden * q_size + 2 * hidden * kv_size + kv_size * config.num_key_value_heads
+    attention += config.num_key_value_heads + 2 * width  # A, q_norm, k_norm
+    if config.attention_bias:
+        attention += q_size + 2 * kv_size + config.num_key_value_heads + hidden
+    feed_forward = 3 * hidden * config.intermediate_size
+    if config.mlp_bias:
+        feed_forward += 2 * config.intermediate_size + hidden
+    if isinstance(config, DogeMoeConfig):
+        heads, retrieval = config.num_expert_heads, config.expert_retrieval_size
+        experts = heads * config.num_experts_per_tok if active else config.num_experts
+        feed_forward += hidden * heads * retrieval + heads * sum(expert_grid(config.num_experts)) * retrieval // 2
+        feed_forward += 2 * experts * hidden
+    layer = attention + feed_forward + 4 * hidden  # two norms, two residual weights
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return embeddings + config.num_hidden_layers * layer + hidden
+
+
+def flops_per_token(config: DogeConfig, sequence_length: int) -> float:
+    """Floating-point operations of one training token, forward and backward, averaged over a sequence.
+
+    6 per active parameter (2 forward, 4 backward; the looked-up embedding counts once, as the output head), and 12 per
+    layer, query channel and key attended, where token i attends min(i + 1, keep_window_size) keys. See the appendix of
+    the PaLM paper (arXiv:2204.02311), which counts no causal saving; this does.
+    """
+    window = min(config.keep_window_size, sequence_length)
+    keys = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    matmul_parameters = num_parameters(config, active=True)
+    if not config.tie_word_embeddings:
+        matmul_parameters -= config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * keys
+    return 6 * matmul_parameters + attention

@@ -1,0 +1,72 @@
+"""A trace of a few steps, by torch's profiler."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from doge.common.storage import Storage
+
+SKIPPED_STEPS = 3  # at first, which are slower than the rest; the last of them wakes the profiler up
+
+
+class StepTrace:
+    """Traces a few of the steps to come. Whatever goes wrong with it is said, and is no error of the training.
+
+    Args:
+        first: number of the next step.
+        steps: to be traced; 0 traces nothing.
+        folder: where the trace goes.
+        say: is told where it lies.
+
+    Attributes:
+        written: the trace of all the steps is there.
+    """
+
+    def __init__(self, first: int, steps: int, folder: Storage, say: Callable[[str], None]):
+        self._first, self._steps, self._folder, self._say = first + SKIPPED_STEPS, steps, folder, say
+        self._made = 0
+        self._profiler: torch.profiler.profile | None = None
+        self.written = False
+
+    def step(self) -> None:
+        """A step has ended."""
+        self._made += 1
+        if not self._steps:
+            return
+        try:
+            if self._made == SKIPPED_STEPS - 1:
+                schedule = torch.profiler.schedule(wait=0, warmup=1, active=self._steps, repeat=1)
+                self._profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write, acc_events=True)
+                self._profiler.start()
+            elif self._profiler is not None:
+                self._profiler.step()
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """No further step comes."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            try:
+                profiler.stop()
+            except Exception as error:
+                self._give_up(error)
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        last = self._first + self._steps
+        if self._made < SKIPPED_STEPS + self._steps:  # closed amid the steps
+            return
+        name = f"steps-{self._first + 1:08d}-{last:08d}.json.gz"
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, name)
+            profiler.export_chrome_trace(str(path))
+            self._folder.write_bytes(name, path.read_bytes())
+        self.written = True
+        place = self._folder.path(name)
+        self._say(f"Steps {self._first + 1:,} to {last:,} are traced in {place}: see ui.perfetto.dev.")
+
+    def _give_up(self, error: Exception) -> None:
+        self._steps, self._profiler = 0, None
+        self._say(f"The steps cannot be traced: {' '.join(str(error).split())[:160]}.")

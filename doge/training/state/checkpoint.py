@@ -1,0 +1,248 @@
+"""Checkpoints that know nothing of worker counts: full fp32 tensors by name, committed whole or not at all.
+
+A checkpoint is a directory ``step-00000042`` that holds the tensors as safetensors, what else the run must remember as
+JSON, and a manifest with every file's checksum. It appears by one rename; one whose manifest does not hold is never
+read, and the one before it is taken.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from doge.common.errors import UserError
+from doge.common.storage import Storage, StorageError, sha256
+from doge.training.state.train_state import MOMENTS, TrainState
+
+_MANIFEST, _STATE, _PARAMETERS = "manifest.json", "state.json", "parameters"
+GRACE_SECONDS = 2.0  # that a healthy write gets before a newer state may replace those that wait
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 1.0, 30.0  # between two attempts
+
+Checkpoint = tuple[TrainState, dict[str, Any]]  # state and memory
+
+
+class Checkpoints:
+    """The checkpoints of one run, written by one thread beside the training.
+
+    A storage that fails is tried again, with growing pauses, until it is back: training goes on meanwhile, and the
+    newest state takes the place of an older one that is still unwritten.
+
+    Args:
+        storage: where the run's checkpoint directories lie.
+        keep: how many of the newest to keep.
+        say: is called, from the writing thread, with a sentence when the storage begins to fail and when it is back.
+    """
+
+    def __init__(self, storage: Storage, keep: int = 2, say: Callable[[str], None] = lambda message: None):
+        self.storage = storage
+        self.last: Checkpoint | None = None  # the newest that this object committed
+        self._keep, self._say = keep, say
+        self._changed = threading.Condition()
+        self._next: _Order | None = None  # to be written as soon as the writer is free
+        self._writing: _Order | None = None
+        self._trouble: Exception | None = None  # why the storage fails, while it does
+        self._error: BaseException | None = None  # what ended the writing, until it is raised
+
+    @property
+    def committed(self) -> int | None:
+        """The newest step that this object committed."""
+        return None if self.last is None else self.last[0].step
+
+    def steps(self) -> list[int]:
+        """Steps that have a directory, ascending; whether each is whole is only known by loading it."""
+        return [int(name[5:]) for name in self.storage.names() if name.startswith("step-") and name[5:].isdigit()]
+
+    def save(self, state: TrainState, memory: dict[str, Any], before_commit: Callable[[], None] = lambda: None) -> None:
+        """Write ``state`` and JSON-able ``memory`` in the background; they must not change any more.
+
+        A write that is under way gets two seconds to end, so that a small run skips none of its checkpoints; beyond
+        that, or where the storage fails, the state waits for its turn and replaces one that waited.
+
+        ``before_commit`` runs in the writing thread just before the checkpoint appears. What it raises, other than a
+        StorageError, ends the writing, and is raised here, by ``check`` or by ``wait``, once.
+        """
+        with self._changed:
+            if self._trouble is None:
+                self._changed.wait_for(lambda: self._is_idle() or self._trouble is not None, GRACE_SECONDS)
+            self._raise()
+            self._next = _Order(state, memory, before_commit)
+            if self._writing is None:
+                self._writing, self._next = self._next, None
+                threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise now what ended the writing. A storage that fails is no such thing: it is tried again."""
+        with self._changed:
+            self._raise()
+
+    def wait(self, timeout: float = 600.0) -> None:
+        """Return once everything is written; a storage that fails is tried again for ``timeout`` seconds.
+
+        Raises what ended the writing, and UserError when the newest state is still unwritten after that time.
+        """
+        with self._changed:
+            self._changed.wait_for(self._is_idle, timeout)
+            self._raise()
+            if not self._is_idle():
+                step = (self._next or self._writing).state.step
+                reason = _reason(self._trouble) if self._trouble else "its storage does not answer"
+                kept = "nothing was committed before" if self.committed is None else f"step {self.committed:,} is kept"
+                raise UserError(
+                    f"The checkpoint of step {step:,} could not be written for {timeout:,.0f} s ({reason}; {kept}): "
+                    "mend the storage and run the same command again."
+                )
+
+    def latest(self) -> Checkpoint | None:
+        """State and memory of the newest whole checkpoint, or None. Ones that were cut off are passed over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except CorruptCheckpoint:
+                continue
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """State and memory at ``step``. Raises CorruptCheckpoint."""
+        return load_checkpoint(self.storage / _name(step))
+
+    def _is_idle(self) -> bool:
+        return self._writing is None
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        """The writing thread: ends when nothing is left to write."""
+        pause, failed_since, attempts = FIRST_PAUSE_SECONDS, 0.0, 0
+        while self._writing is not None:
+            order, trouble, error = self._writing, None, None
+            try:
+                self._write(order)
+            except BaseException as raised:
+                if order.refused or not isinstance(raised, (StorageError, OSError, SafetensorError)):
+                    error = raised
+                else:
+                    trouble = raised
+            if trouble is not None:
+                attempts += 1
+                if attempts == 1:
+                    failed_since = time.monotonic()
+                    self._tell(
+                        f"The checkpoint of step {order.state.step:,} cannot be written ({_reason(trouble)}): training "
+                        "goes on and it is tried again until it can."
+                    )
+                with self._changed:
+                    self._trouble = trouble
+                    self._changed.notify_all()
+                time.sleep(pause)
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
+            elif attempts and error is None:
+                self._tell(
+                    f"The checkpoint of step {order.state.step:,} is written: the storage is back after "
+                    f"{time.monotonic() - failed_since:,.0f} s and {attempts} failed attempts."
+                )
+                pause, attempts = FIRST_PAUSE_SECONDS, 0
+            with self._changed:
+                if trouble is None:
+                    self._trouble, self._error = None, error
+                    if error is None:
+                        self.last = order.state, order.memory
+                    self._writing = None
+                if error is not None:
+                    self._next = None
+                elif self._next is not None:
+                    self._writing, self._next = self._next, None
+                self._changed.notify_all()
+
+    def _tell(self, message: str) -> None:
+        with suppress(Exception):  # nobody listens any more
+            self._say(message)
+
+    def _write(self, order: "_Order") -> None:
+        state = order.state
+
+        def fill(directory: str) -> None:
+            folder = Path(directory)
+            folder.mkdir()
+            save_file(state.parameters, folder / f"{_PARAMETERS}.safetensors")
+            for moment in MOMENTS:
+                save_file(state.moments[moment], folder / f"{moment}.safetensors")
+            (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": order.memory}, indent=1))
+            checksums = {file.name: sha256(str(file)) for file in sorted(folder.iterdir())}
+            (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
+            try:
+                order.before_commit()
+            except StorageError:
+                raise
+            except BaseException:
+                order.refused = True
+                raise
+
+        self.storage.sweep()
+        self.storage.write(_name(state.step), fill)
+        with suppress(StorageError, OSError):  # they go with the next one
+            for step in self.steps()[: -self._keep]:
+                self.storage.delete(_name(step))
+
+
+@dataclass
+class _Order:
+    state: TrainState
+    memory: dict[str, Any]
+    before_commit: Callable[[], None]
+    refused: bool = False  # by before_commit
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint that was cut off or damaged."""
+
+
+def load_checkpoint(storage: Storage) -> Checkpoint:
+    """Read one checkpoint directory. Raises CorruptCheckpoint, or UserError if there is none."""
+    names = storage.names()
+    if not names:
+        raise UserError(f"There is no checkpoint at {storage.root}: give the path of a step-… directory.")
+    damaged = CorruptCheckpoint(f"The checkpoint {storage.root} is incomplete or damaged: take an earlier one.")
+    if _MANIFEST not in names:
+        raise damaged
+
+    def fetch(name: str, checksum: str) -> str:
+        """A local path of the file; a copy in the cache that is damaged, or of an earlier file, is fetched again."""
+        path = storage.local(name)
+        if sha256(path) != checksum:
+            path = storage.local(name, again=True)
+            if storage.is_local or sha256(path) != checksum:
+                raise damaged
+        return path
+
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        return load_file(fetch(name, checksums[name]))  # out of the page cache, right after hashing
+
+    try:
+        checksums = json.loads(storage.read_bytes(_MANIFEST))
+        state = json.loads(Path(fetch(_STATE, checksums[_STATE])).read_bytes())
+        with ThreadPoolExecutor(len(MOMENTS) + 1) as pool:
+            parameters, *moments = pool.map(tensors, [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)])
+    except (FileNotFoundError, ValueError, KeyError, SafetensorError):
+        raise damaged from None
+    return TrainState(state["step"], parameters, dict(zip(MOMENTS, moments, strict=True))), state["memory"]
+
+
+def _reason(error: Exception) -> str:
+    """An error's sentence without its full stop, to be put in another."""
+    return str(error).rstrip(".")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
