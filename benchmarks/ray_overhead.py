@@ -62,7 +62,7 @@ def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[floa
     """Seconds of every step of a loop that knows neither Ray nor DeepSpeed."""
     import torch
 
-    from data_pipelines.order.feed import Reader
+    from data_pipelines.order.packed_sequences import PackedSequences
     from data_pipelines.order.plan import make_plan
     from doge.common.hardware import use_cores
     from doge.common.storage import Storage
@@ -71,7 +71,7 @@ def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[floa
     use_cores(1)
     run = recipe(storage, name, steps, precision)
     root = Storage(storage)
-    reader = Reader(root, make_plan(run.data, run.tokenizer, root).fingerprint)
+    reader = PackedSequences(root, make_plan(run.data, run.tokenizer, root).fingerprint)
     torch.manual_seed(run.training.seed)
     master = build_model(run.model.build())
     optimizer = run.optimizer.build(master)

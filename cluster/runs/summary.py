@@ -99,18 +99,19 @@ def _baselines(
     recipe: Recipe, plan: "Plan", storage: Storage, sequences: int
 ) -> tuple[float | None, float | None, int]:
     """Held-out losses of the unigram and bigram models, and the tokens that they were counted on."""
-    from data_pipelines.order.feed import Reader
+    from data_pipelines.order.packed_sequences import PackedSequences
     from doge.evaluation.ngrams import NgramBaselines
 
     held_out = recipe.data.held_out_sequences
     if held_out == 0:
         return None, None, 0
-    reader = Reader(storage, plan.fingerprint)
+    training = PackedSequences(storage, plan.fingerprint)
+    feed = PackedSequences(storage, plan.fingerprint, held_out=True)
     ngrams = NgramBaselines(recipe.model.build().vocab_size)
     stride = max(1, -(-sequences // _COUNTED_SEQUENCES)) * _CHUNK
     for start in range(0, sequences, stride):
-        batch = reader.read(start, min(start + _CHUNK, sequences))
+        batch = training.read(start, min(start + _CHUNK, sequences))
         ngrams.count(batch.tokens, batch.labels)
-    chunks = (reader.read_held_out(at, min(at + _CHUNK, held_out)) for at in range(0, held_out, _CHUNK))
+    chunks = (feed.read(at, min(at + _CHUNK, held_out)) for at in range(0, held_out, _CHUNK))
     unigram, bigram = ngrams.losses((chunk.tokens, chunk.labels) for chunk in chunks)
     return unigram, bigram, ngrams.tokens

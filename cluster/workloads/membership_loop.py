@@ -17,7 +17,8 @@ from cluster.accounts.ledger import StepRecord
 from cluster.elastic.membership import Given, Membership, Outcome
 from cluster.workloads.pace import Pace
 from cluster.workloads.shares import Shares, plan_shares
-from data_pipelines.order.feed import Batch, ReadAhead
+from data_pipelines.order.feed import ReadAhead
+from data_pipelines.order.packed_sequences import Sequences
 from doge.common.config_tree import to_dict
 from doge.common.errors import UserError
 from doge.common.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops, use_cores
@@ -63,7 +64,7 @@ class MembershipLoop:
         self.recipe, self.board, self.reader = worker.recipe, worker.board, worker.reader
         self.engine: Engine | None = None
         self._abandoned = threading.Event()
-        self._read_ahead: ReadAhead | None = None
+        self._read_ahead: ReadAhead[Sequences] | None = None
 
     def abandon(self) -> None:
         """From another thread: what is under way is in vain, and ends with an error at the next chance."""
@@ -191,7 +192,7 @@ class MembershipLoop:
         pace = self.pace
         shares = plan_shares(held_out, pace.speeds, pace.limits, self.engine.equal_micro_batches)
         own = shares.ranges(0)[self.rank]
-        batch = self.reader.read_held_out(own.start, own.stop)
+        batch = self.worker.held_out.read(own.start, own.stop)
         loss, tokens = self.engine.evaluate(_pieces(_tensors(batch), shares.micro_batches[self.rank]))
         if self.rank == 0:
             content = {"step": self.engine.step_count, "held_out_loss": loss, "held_out_tokens": tokens}
@@ -278,7 +279,7 @@ class MembershipLoop:
             f"Worker {self.rank} ran out of memory: from now on it takes at most {limit} sequences at once."
         )
 
-    def _tell_samples(self, step: int, own: range, batch: Batch) -> None:
+    def _tell_samples(self, step: int, own: range, batch: Sequences) -> None:
         if self.recipe.training.record_samples:
             self.board.post.remote("samples", (step, own.start, [tuple(sample) for sample in batch.samples]))
 
@@ -336,7 +337,7 @@ class MembershipLoop:
                 self.board.post.remote("experts", {"step": self.engine.step_count} | content)
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+def _tensors(batch: Sequences) -> dict[str, torch.Tensor]:
     """Model inputs, ``(sequences, sequence_length)``."""
     return {
         "input_ids": torch.from_numpy(batch.tokens),

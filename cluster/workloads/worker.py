@@ -12,7 +12,7 @@ import torch
 from cluster.elastic.host import HostConfig
 from cluster.elastic.membership import Given, Membership, Outcome, node_name
 from cluster.workloads.membership_loop import MembershipLoop
-from data_pipelines.order.feed import Reader
+from data_pipelines.order.packed_sequences import PackedSequences
 from doge.common.errors import UserError
 from doge.training import process_group
 from doge.training.engine import OutOfMemory
@@ -27,7 +27,8 @@ class Worker:
     def __init__(self, config: HostConfig, host: str, leave: threading.Event):
         self.config, self.recipe, self.board, self.host, self.leave = config, config.recipe, config.board, host, leave
         self.node = node_name(socket.gethostname(), ray.get_runtime_context().get_node_id())
-        self.reader = Reader(config.storage, config.data_plan, on_wait=self._wait_message)
+        self.reader = PackedSequences(config.storage, config.data_plan, on_wait=self._wait_message)
+        self.held_out = PackedSequences(config.storage, config.data_plan, True, on_wait=self._wait_message)
         self.checkpoints = Checkpoints(
             config.storage / f"runs/{self.recipe.name}/checkpoints", self.recipe.training.save_total_limit, self.say
         )

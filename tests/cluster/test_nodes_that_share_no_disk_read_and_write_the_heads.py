@@ -318,7 +318,7 @@ def test_shards_are_made_and_read_where_the_directory_is_not_seen(elsewhere, roo
     """Ray Data's tasks run on either node; the reader runs on the one that sees nothing, and reads the same."""
     from small_runs import small_recipe
 
-    from data_pipelines.order.feed import Reader
+    from data_pipelines.order.packed_sequences import PackedSequences
     from data_pipelines.order.plan import make_plan
     from data_pipelines.prepare import prepare
 
@@ -329,10 +329,10 @@ def test_shards_are_made_and_read_where_the_directory_is_not_seen(elsewhere, roo
     def work(storage: Storage):
         assert not storage.is_local
         prepare(plan, storage, 100)
-        return Reader(storage, plan.fingerprint).read(0, 50).tokens
+        return PackedSequences(storage, plan.fingerprint).read(0, 50).tokens
 
     there = on(elsewhere, work, storage)
-    assert (there == Reader(storage, plan.fingerprint).read(0, 50).tokens).all()
+    assert (there == PackedSequences(storage, plan.fingerprint).read(0, 50).tokens).all()
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/../x", "{root}x", "{root}/a/../../x", "", "/"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.order.feed import Reader
+from data_pipelines.order.packed_sequences import PackedSequences, PackedSequencesConfig
 from data_pipelines.order.plan import Catalog, load_plan, make_plan
 from data_pipelines.sources.files import DataRecipe, SourceRecipe, Unreadable
 from data_pipelines.tokenizing.shards import Damaged, open_shard, read_record, record_name, shard_name
@@ -57,7 +58,7 @@ def complete(recipe, tmp_path_factory):
     storage = Storage(str(tmp_path_factory.mktemp("complete")))
     plan = make_plan(recipe, TOKENIZER, storage)
     make_everything(plan, storage)
-    return storage, plan, Reader(storage, plan.fingerprint).read(0, SEQUENCES)
+    return storage, plan, PackedSequences(storage, plan.fingerprint).read(0, SEQUENCES)
 
 
 def make_everything(plan, storage):
@@ -83,8 +84,10 @@ def same(batch, other):
 
 def test_held_out_and_training_rows_are_documents_of_their_source(complete):
     storage, plan, batch = complete
-    reader, tokenizer = Reader(storage, plan.fingerprint), plan.open_tokenizer(storage)
-    held_out = reader.read_held_out(0, 8)
+    tokenizer = plan.open_tokenizer(storage)
+    feed = PackedSequences(storage, plan.fingerprint, held_out=True)
+    held_out = feed.read(0, feed.length)
+    assert len(held_out) == 8
     assert not set(held_out.samples) & set(batch.samples)
     for found in (batch, held_out):
         for tokens, sample in zip(found.tokens, found.samples, strict=True):
@@ -108,23 +111,19 @@ def test_a_stopped_preparation_goes_on_to_the_same_order(complete, recipe, tmp_p
     assert 0 < count < len(committed(complete[0]))
 
     partly = prepare(plan, storage, 16)
-    same(Reader(storage, plan.fingerprint).read(0, 16), complete[2]._replace(**first(complete[2], 16)))
+    same(PackedSequences(storage, plan.fingerprint).read(0, 16), complete[2][:16])
     assert partly.fraction == 1
     assert count < len(committed(storage)) < len(committed(complete[0]))
 
     seen = []
     prepare(plan, storage, None, on_progress=seen.append)
     assert committed(storage) == committed(complete[0])
-    same(Reader(storage, plan.fingerprint).read(0, SEQUENCES), complete[2])
+    same(PackedSequences(storage, plan.fingerprint).read(0, SEQUENCES), complete[2])
     assert [progress.fraction for progress in seen] == sorted(progress.fraction for progress in seen)
     assert seen[-1].fraction == 1
     assert seen[-1].tokens > 0
 
     assert prepare(plan, storage, None).documents == 0  # nothing is made twice
-
-
-def first(batch, count):
-    return {name: getattr(batch, name)[:count] for name in batch._fields}
 
 
 def committed(storage):
@@ -155,7 +154,7 @@ def test_a_killed_preparation_leaves_only_whole_shards(complete, recipe, tmp_pat
     assert found
     assert all(complete_bytes == committed(complete[0])[name] for name, complete_bytes in found.items())
     make_everything(plan, storage)
-    same(Reader(storage, plan.fingerprint).read(0, SEQUENCES), complete[2])
+    same(PackedSequences(storage, plan.fingerprint).read(0, SEQUENCES), complete[2])
 
 
 def damage(path, how):
@@ -178,7 +177,7 @@ def test_a_damaged_shard_is_noticed_and_made_again_by_its_reader(complete, tmp_p
     if how != "deleted":
         with pytest.raises(Damaged):
             open_shard(storage.path(shard_name(*address)), read_record(storage, *address))
-    same(Reader(storage, plan.fingerprint).read(0, SEQUENCES), batch)
+    same(PackedSequences(storage, plan.fingerprint).read(0, SEQUENCES), batch)
     expected = committed(complete[0])
     assert all(content == expected[name] for name, content in committed(storage).items() if used(name, plan, batch))
 
@@ -204,7 +203,7 @@ def test_a_shard_that_cannot_be_made_again_as_it_was_is_refused(complete, tmp_pa
     record = json.loads(storage.read_bytes(record_name(*address)))
     storage.write_bytes(record_name(*address), json.dumps(record | {"sha256": "0" * 64}).encode())
     with pytest.raises(UserError, match="cannot be made again as it was"):
-        Reader(storage, plan.fingerprint).read(0, 1)
+        PackedSequences(storage, plan.fingerprint).read(0, 1)
 
 
 def test_a_reader_waits_with_a_message_and_then_reads_the_same(complete, tmp_path):
@@ -212,7 +211,7 @@ def test_a_reader_waits_with_a_message_and_then_reads_the_same(complete, tmp_pat
     storage = fresh_copy(complete, tmp_path)
     shutil.move(Path(storage.root) / "shards", tmp_path / "away")
     messages = []
-    reader = Reader(storage, plan.fingerprint, on_wait=messages.append, poll_seconds=0.02)
+    reader = PackedSequences(storage, plan.fingerprint, on_wait=messages.append, poll_seconds=0.02)
     threading.Timer(0.3, shutil.move, (tmp_path / "away", Path(storage.root) / "shards")).start()
     same(reader.read(0, SEQUENCES), batch)
     assert len(messages) == 1
@@ -235,11 +234,11 @@ def test_waiting_readers_learn_that_the_preparation_failed(complete, tmp_path, r
     with pytest.raises(UserError, match=r"bad\.jsonl"):
         prepare(plan, storage)
     with pytest.raises(UserError, match=r"bad\.jsonl"):
-        Reader(storage, plan.fingerprint, poll_seconds=0.02).read(0, 10**4)
+        PackedSequences(storage, plan.fingerprint, poll_seconds=0.02).read(0, 10**4)
 
     skipping = make_plan(replace(recipe, skip_unreadable=True), tokenizer, storage)
     prepare(skipping, storage)
-    assert len(Reader(storage, skipping.fingerprint).read(0, 12).samples) == 12
+    assert len(PackedSequences(storage, skipping.fingerprint).read(0, 12).samples) == 12
 
 
 def test_an_empty_file_is_named_and_skipped_only_on_request(complete, tmp_path):
@@ -259,7 +258,7 @@ def test_an_empty_file_is_named_and_skipped_only_on_request(complete, tmp_path):
 
 def test_prefetching_gives_the_same_batches_and_ends_its_thread(complete):
     storage, plan, batch = complete
-    reader = Reader(storage, plan.fingerprint)
+    reader = PackedSequences(storage, plan.fingerprint)
     ranges = [(start, start + 7) for start in range(0, 70, 7)]
     for (start, stop), found in zip(ranges, reader.prefetch(ranges), strict=True):
         same(found, reader.read(start, stop))
@@ -270,10 +269,25 @@ def test_prefetching_gives_the_same_batches_and_ends_its_thread(complete):
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+def test_a_feed_opens_anywhere_from_its_config_and_gives_parts_of_what_it_read(complete):
+    storage, plan, batch = complete
+    training, held_out = (
+        pickle.loads(pickle.dumps(PackedSequencesConfig(plan.fingerprint, part))).open(storage, print)
+        for part in (False, True)
+    )
+    assert (training.fingerprint, training.length) == (plan.fingerprint, None)
+    assert (held_out.fingerprint != plan.fingerprint, held_out.length) == (True, 8)
+    assert len(batch[3:7]) == 4
+    same(training.read(3, 7), batch[3:7])
+    assert training.cost(0) == training.cost(10**9) == held_out.cost(7) == 1.0
+    with pytest.raises(IndexError):
+        held_out.read(0, 9)
+
+
 def test_who_waits_for_data_can_be_woken(complete, tmp_path):
     storage = fresh_copy(complete, tmp_path)
     shutil.rmtree(storage.path("shards"))
-    batches = Reader(storage, complete[1].fingerprint, poll_seconds=0.02).prefetch([(0, 1)])
+    batches = PackedSequences(storage, complete[1].fingerprint, poll_seconds=0.02).prefetch([(0, 1)])
     waker = threading.Timer(0.1, batches.stop)
     waker.start()
     with pytest.raises(RuntimeError, match="stopped"):
@@ -287,7 +301,7 @@ def test_an_error_while_prefetching_reaches_the_caller(complete):
         yield 0, 1
         raise RuntimeError("no more ranges")
 
-    batches = Reader(complete[0], complete[1].fingerprint).prefetch(broken())
+    batches = PackedSequences(complete[0], complete[1].fingerprint).prefetch(broken())
     next(batches)
     with pytest.raises(RuntimeError, match="no more ranges"):
         next(batches)
@@ -305,7 +319,7 @@ def test_another_mixture_seed_or_place_makes_no_shard_anew(complete, recipe, cor
     assert {name: sorted(keys) for name, keys in other.keys.items()} == {
         name: sorted(keys) for name, keys in plan.keys.items()
     }
-    Reader(storage, other.fingerprint).read(0, SEQUENCES)
+    PackedSequences(storage, other.fingerprint).read(0, SEQUENCES)
 
 
 def test_an_edited_input_is_another_order_and_never_mixed_in(complete, recipe, corpus, tmp_path):
@@ -340,11 +354,11 @@ def test_shards_are_read_through_the_cache_of_a_remote_root(complete, tmp_path):
     remote = fsspec.filesystem("memory")
     remote.put(complete[0].root, "/doge-test", recursive=True)
     try:
-        reader = Reader(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
+        reader = PackedSequences(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
         same(reader.read(0, SEQUENCES), complete[2])
         damaged = next(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000)
         damage(damaged, "truncated")
-        again = Reader(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
+        again = PackedSequences(Storage("memory://doge-test", cache=str(tmp_path)), complete[1].fingerprint)
         same(again.read(0, SEQUENCES), complete[2])
     finally:
         remote.rm("/doge-test", recursive=True)
