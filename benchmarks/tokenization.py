@@ -123,7 +123,7 @@ def serve_theirs(folder: Path) -> None:
     """Run `map` anew for every line of the standard input; leaves ids.npy and lengths.npy of the last one."""
     import datasets
 
-    from doge.tokenizer.training import load_tokenizer
+    from doge.tokenizer.loading import load_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(str(folder / "tokenizer"))

@@ -43,7 +43,7 @@ def run(command: PrepareData) -> None:
     from data_pipelines.order.plan import make_plan
     from data_pipelines.prepare import Progress, prepare
     from doge.common.storage import Storage
-    from doge.tokenizer.training import check_vocabulary
+    from doge.tokenizer.loading import check_vocabulary
 
     storage = Storage(recipe.storage)
     plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)

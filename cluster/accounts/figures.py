@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.runs.console import duration
+from doge.common.words import count, duration
 
 _NODES_SHOWN, _WORKERS_SHOWN = 16, 8
 
@@ -78,7 +78,7 @@ class Figures:
         if self.undisturbed_tokens_per_s is not None:
             speed += f" of {self.undisturbed_tokens_per_s:,.0f} undisturbed"
         rows.append(("time", f"{duration(self.wall_seconds)} for {self.tokens:,} tokens: {speed}"))
-        restarts = f"{self.lost_steps:,} made again after {self.restarts:,} restart{'s' * (self.restarts != 1)}"
+        restarts = f"{self.lost_steps:,} made again after {count(self.restarts, 'restart')}"
         if self.restart_seconds is not None:
             restarts += f" of {self.restart_seconds:.1f} s (median)"
         rows.append(("lost steps", restarts))

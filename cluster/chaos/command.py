@@ -22,9 +22,10 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from cluster.chaos.events import Event, Kind, schedule
-from cluster.chaos.run import Chaos, RunOver, listed
+from cluster.chaos.run import Chaos, RunOver
 from cluster.chaos.throttle import check_hold
 from doge.common.errors import UserError
+from doge.common.words import listed
 
 
 @dataclass(frozen=True)

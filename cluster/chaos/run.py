@@ -10,6 +10,7 @@ from cluster.chaos.agent import Agent
 from cluster.chaos.events import Event, Kind, Victim, choose, choose_node
 from cluster.chaos.throttle import check_hold
 from doge.common.errors import UserError
+from doge.common.words import listed
 
 PATIENCE = 10.0  # seconds that an event waits for a worker that trains
 LOOK_SECONDS = 0.5
@@ -285,8 +286,3 @@ def _node_name(node: str) -> str:
 
     machines = {row["NodeID"]: row["NodeManagerHostname"] for row in ray.nodes()}
     return node_name(machines.get(node, "unknown"), node)
-
-
-def listed(words: list[str]) -> str:
-    """Words as a sentence lists them."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -27,6 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from doge.common.errors import UserError
+from doge.common.words import count
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # between two looks at the seats
@@ -104,16 +105,12 @@ def possible_workers(seats: Seats) -> int:
 
 
 def describe_cluster() -> str:
-    """What the cluster has, for a message: "the cluster has 2 nodes, 4 CPUs, no GPU"."""
+    """What the cluster has, for a message: "the cluster has 2 nodes, 4 CPUs, 0 GPUs"."""
     view = look(busy=False)
     cpus, gpus = (sum(free.get(name, 0) for free in view.free.values()) for name in ("CPU", "GPU"))
-    nodes = f"the cluster has {_count(len(view.free), 'node')}, {_count(cpus, 'CPU')}, {_count(gpus, 'GPU')}"
+    nodes = f"the cluster has {count(len(view.free), 'node')}, {count(cpus, 'CPU')}, {count(gpus, 'GPU')}"
     leaving = len(view.unusable | view.silent)
-    return nodes + (f", and {_count(leaving, 'node')} on the way out" if leaving else "")
-
-
-def _count(number: float, name: str) -> str:
-    return f"{number:g} {name}{'s' * (number != 1)}" if number else f"no {name}"
+    return nodes + (f", and {count(leaving, 'node')} on the way out" if leaving else "")
 
 
 def _fitting(resources: dict[str, float], free: dict[str, float]) -> int:
@@ -189,9 +186,9 @@ class SeatPolicy(ScalingPolicy):
             return self._resize(room)
         self._waiting_since = self._waiting_since or time.monotonic()
         if time.monotonic() - self._waiting_since >= seats.wait_timeout_s:
-            each = " and ".join(_count(amount, name) for name, amount in seats.resources.items() if amount)
+            each = " and ".join(count(amount, name) for name, amount in seats.resources.items() if amount)
             raise UserError(
-                f"{_count(seats.min_workers, 'worker')} with {each} each found no room for {seats.wait_timeout_s:g} s: "
+                f"{count(seats.min_workers, 'worker')} with {each} each found no room for {seats.wait_timeout_s:g} s: "
                 f"{describe_cluster()}, with room for {room or 'none'} now. Add nodes, or ask for fewer workers."
             )
         time.sleep(WAIT_SECONDS)  # the controller asks again at once

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from doge.common.words import duration
+
 
 class Console:
     """Prints a run's progress; a terminal's last line is overwritten, a log's never.
@@ -68,10 +70,3 @@ class Console:
     def _draw(self) -> None:
         if self._line:
             print(self._line, end="", file=self._output, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -9,11 +9,12 @@ import os
 from collections import Counter
 
 from cluster.machines.connection import connect, resolve_seats
-from cluster.runs.console import Console, duration
+from cluster.runs.console import Console
 from cluster.runs.recipe import Recipe
 from cluster.workloads.shares import plan_shares
 from doge.common.config_tree import to_dict
 from doge.common.storage import Storage
+from doge.common.words import count, duration
 
 Speeds = dict[str, float]
 """Tokens per second of one worker, by the name of its device."""
@@ -53,7 +54,7 @@ def forecast(recipe: Recipe, devices: list[str], speeds: Speeds) -> list[tuple[s
     """What ``devices``, one a worker, would do, as labelled lines."""
     training, scaling = recipe.training, recipe.scaling
     if len(devices) < scaling.min_workers:
-        least = f"{scaling.min_workers} worker{'s' * (scaling.min_workers > 1)}"
+        least = count(scaling.min_workers, "worker")
         wait = f"waits {scaling.wait_timeout_s:g} s for them" if scaling.wait_timeout_s else "ends at once"
         return [("workers", f"room for {len(devices) or 'none'} now, {least} at least: the run {wait}")]
     counted = Counter(devices)

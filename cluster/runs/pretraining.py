@@ -108,7 +108,7 @@ class Run:
     def _plan_data(self) -> "Plan":
         """List the data and make the tokenizer, which must fit the model; a run with a checkpoint keeps its plan."""
         from data_pipelines.order.plan import load_plan, make_plan
-        from doge.tokenizer.training import check_vocabulary
+        from doge.tokenizer.loading import check_vocabulary
 
         recipe, started = self.recipe, self._started_recipe() if self._steps() else None
         if started and (started.data, started.tokenizer) == (recipe.data, recipe.tokenizer):

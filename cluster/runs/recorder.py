@@ -17,6 +17,7 @@ from cluster.runs.forecast import remember_speeds
 from cluster.runs.recipe import Recipe
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
+from doge.common.words import count
 from doge.reporting.tracking import Tracker
 
 POLL_SECONDS = 0.25
@@ -171,12 +172,12 @@ class Recorder:
         members = [self._started[rank] for rank in range(len(self._started))]
         counted = Counter(m["device"] for m in members)
         devices = ", ".join(f"{number} × {device}" if number > 1 else device for device, number in counted.items())
-        text = f"{_count(len(members), 'worker')} on {devices}, {member['precision']}"
+        text = f"{count(len(members), 'worker')} on {devices}, {member['precision']}"
         if len(members) > 1:
             text += f", sharing {' + '.join(str(m['share']) for m in members)} sequences a step"
         text += f", from step {member['step']:,}"
         if repeated := membership["reached"] - member["step"]:
-            text += f", repeating {_count(repeated, 'step')}"
+            text += f", repeating {count(repeated, 'step')}"
         if membership["lost_s"] is not None:
             parts = {"regrouping": membership["lost_s"] + membership["formed_s"]}
             for name in members[0]["seconds"]:
@@ -190,7 +191,3 @@ def _may_pass(error: Exception) -> bool:
     """Whether an error is the storage's or the tracking server's, and trying again may help."""
     packages = ("mlflow", "sqlalchemy", "sqlite3", "requests", "urllib3")
     return isinstance(error, StorageError | OSError) or type(error).__module__.split(".")[0] in packages
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

@@ -56,7 +56,8 @@ def summarise(
     recipe: Recipe, plan: "Plan", storage: Storage, directory: Storage, tracker: Tracker, console: Console
 ) -> Summary:
     """Export the last checkpoint of a run that has ended, measure the baselines, draw, sample, and log all of it."""
-    from doge.conversion.export import export_model, generate_samples
+    from doge.conversion.export import export_model
+    from doge.generation.samples import generate_samples
     from doge.reporting.plots import plot_losses
     from doge.training.state.checkpoint import Checkpoints
 

@@ -19,7 +19,8 @@ from data_pipelines.tokenizing.shards import ShardRecord, make_shard, read_recor
 from doge.common import config_tree as recipes
 from doge.common.errors import UserError
 from doge.common.storage import Storage
-from doge.tokenizer.training import TokenizerRecipe, fingerprint, load_tokenizer, train_tokenizer
+from doge.tokenizer.loading import fingerprint, load_tokenizer
+from doge.tokenizer.training import TokenizerRecipe, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from doge.common.words import count
+
 # Dense bf16 tensor-core peaks in TFLOP/s, by a part of the device's name; from the vendors' data sheets.
 _PEAK_TFLOPS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
@@ -24,7 +26,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name(threads: int) -> str:
-    return f"CPU ({threads} thread{'s' * (threads != 1)})"
+    return f"CPU ({count(threads, 'thread')})"
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -1,9 +1,7 @@
-"""From a checkpoint to a model directory that transformers opens, and what that model writes."""
+"""Exporting a training state as a model directory that transformers opens."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 import transformers
 
 from doge.common.storage import Storage
@@ -18,7 +16,15 @@ if TYPE_CHECKING:
 def export_model(
     state: TrainState, config: DogeConfig, tokenizer: "PreTrainedTokenizerBase", storage: Storage, name: str
 ) -> DogeForCausalLM:
-    """Write weights (fp32), configuration and tokenizer as one ``save_pretrained`` directory; returns the model."""
+    """Write weights (float32), configuration and tokenizer as the ``save_pretrained`` directory ``name`` of a storage.
+
+    Returns:
+        The exported model, in evaluation mode.
+
+    Raises:
+        UserError: the state is that of another model.
+        StorageError: the storage cannot be written.
+    """
     model = build_model(config)
     check_fits(state, model)
     model.load_state_dict(state.parameters, strict=False)
@@ -32,22 +38,3 @@ def export_model(
 
     storage.write(name, fill)
     return model.eval()
-
-
-@torch.no_grad()
-def generate_samples(
-    model: DogeForCausalLM, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_new_tokens: int = 64
-) -> list[str]:
-    """What the model writes after each prompt, sampled with a fixed seed; the prompt is not repeated."""
-    torch.manual_seed(0)
-    samples = []
-    for prompt in prompts:
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-        output = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1,
-            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        samples.append(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
-    return samples

@@ -1,6 +1,7 @@
 import io
 
-from cluster.runs.console import Console, duration
+from cluster.runs.console import Console
+from doge.common.words import count, duration, listed
 
 
 class Terminal(io.StringIO):
@@ -39,3 +40,10 @@ def test_a_terminal_gets_one_line_that_is_redrawn_below_what_stays():
 
 def test_durations_read_like_a_clock():
     assert [duration(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_counts_and_lists_read_like_sentences():
+    assert [count(number, "CPU") for number in (0, 1, 2.0, 0.5, 1200)] == [
+        "0 CPUs", "1 CPU", "2 CPUs", "0.5 CPUs", "1,200 CPUs"
+    ]  # fmt: skip
+    assert [listed(words) for words in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import logits_of, shake, tiny_config, tiny_model, tokens
 
 from doge.common.errors import UserError
-from doge.conversion.load import add_experts, convert_transformers_moe, expert_parameter_names, load_model
+from doge.conversion.grow_experts import add_experts, expert_parameter_names
+from doge.conversion.load import load_model
+from doge.conversion.transformers_moe import convert_transformers_moe
 from doge.model.modeling import DogeMoeForCausalLM, build_model
 
 EXPERTS = {"num_experts": 32, "num_expert_heads": 2, "num_experts_per_tok": 3, "expert_retrieval_size": 16}

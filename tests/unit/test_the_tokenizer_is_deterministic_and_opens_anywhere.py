@@ -13,14 +13,9 @@ from data_pipelines.tokenizing import encoding
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import ragged
 from doge.common.errors import UserError
-from doge.tokenizer.training import (
-    SPECIAL_TOKENS,
-    TokenizerRecipe,
-    check_vocabulary,
-    fingerprint,
-    load_tokenizer,
-    train_tokenizer,
-)
+from doge.tokenizer.chat_template import SPECIAL_TOKENS
+from doge.tokenizer.loading import check_vocabulary, fingerprint, load_tokenizer
+from doge.tokenizer.training import TokenizerRecipe, train_tokenizer
 
 TEXTS = [f"The {word} of {number} is {number * 7}, isn't it?\n    return {word}" for number in range(200)
          for word in ("sum", "product", "naïve value", "größe")]  # fmt: skip
@@ -171,7 +166,7 @@ def test_preparing_opens_a_tokenizer_without_torch(tokenizer, tmp_path):
     script = (
         "import sys\n"
         "from data_pipelines.tokenizing.encoding import tokenize\n"
-        "from doge.tokenizer.training import load_tokenizer\n"
+        "from doge.tokenizer.loading import load_tokenizer\n"
         "(ids,) = tokenize(load_tokenizer(sys.argv[1]), ['The sum of 7'])\n"
         "print(ids.tolist(), 'torch' in sys.modules)\n"
     )

@@ -18,11 +18,10 @@ import torch
 
 try:
     import triton
-
-    from doge.model.attention import kernels
 except ImportError:  # PyTorch's CPU builds come without it
     triton = None
-
+else:
+    from doge.model.attention import triton_kernels
 
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes; data centre GPUs since H100 have more, others (99 KiB on most cards) less
 
@@ -117,7 +116,7 @@ class _TritonAttention(torch.autograd.Function):
         log_sum = query.new_empty(batch, heads, seq, dtype=torch.float32)
         with torch.cuda.device_of(query):
             lists, counts = _list_key_blocks(expiry, seq, blocks)
-            kernels.attend[triton.cdiv(seq, blocks.queries), batch * heads](
+            triton_kernels.attend[triton.cdiv(seq, blocks.queries), batch * heads](
                 *(query, key, value, bias, expiry, lists, counts, output, log_sum),
                 *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride()),
                 *_strides_by_head(output),
@@ -144,18 +143,18 @@ class _TritonAttention(torch.autograd.Function):
         with torch.cuda.device_of(query):
             if lists is None:
                 lists, counts = _list_key_blocks(expiry, seq, blocks)
-            kernels.sum_output_products[triton.cdiv(seq, 64), batch * heads](
+            triton_kernels.sum_output_products[triton.cdiv(seq, 64), batch * heads](
                 *(output, output_grad, delta, *_strides_by_head(output), *_strides_by_head(output_grad)),
                 heads=heads,
                 seq=seq,
                 HEAD_DIM=head_dim,
                 BLOCK=64,
             )
-            kernels.differentiate_query[triton.cdiv(seq, blocks.queries), batch * heads](
+            triton_kernels.differentiate_query[triton.cdiv(seq, blocks.queries), batch * heads](
                 *(*inputs, lists, counts, query_grad, *strides, *query_grad.stride()[:3]), **options
             )
             options |= {"QUERIES": blocks.keys, "KEYS": blocks.queries}
-            kernels.differentiate_key[triton.cdiv(seq, blocks.queries), batch * key.shape[1]](
+            triton_kernels.differentiate_key[triton.cdiv(seq, blocks.queries), batch * key.shape[1]](
                 *(*inputs, key_grad, value_grad, bias_grad, *strides),
                 *(*key_grad.stride()[:3], *value_grad.stride()[:3], *bias_grad.stride()),
                 **options,
@@ -207,7 +206,7 @@ def _list_key_blocks(expiry, seq, blocks):
     query_blocks, key_blocks = triton.cdiv(seq, blocks.queries), triton.cdiv(seq, blocks.keys)
     lists = expiry.new_empty(batch, kv_heads, query_blocks, key_blocks, dtype=torch.int32)
     counts = expiry.new_empty(batch, kv_heads, query_blocks, 2, dtype=torch.int32)
-    kernels.fill_lists[query_blocks, batch * kv_heads](
+    triton_kernels.fill_lists[query_blocks, batch * kv_heads](
         *(expiry, lists, counts, seq, key_blocks),
         QUERIES=blocks.queries,
         KEYS=blocks.keys,

@@ -1,0 +1,67 @@
+"""Opening a tokenizer, checking that it fits a model, and its fingerprint."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from doge.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
+    """Open the tokenizer in a directory or on the hub.
+
+    Raises:
+        UserError: the tokenizer cannot be opened, is not a fast one or has no EOS.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        opener = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
+        tokenizer = opener.from_pretrained(path)
+    except Exception as error:  # the hub's and the parsers' errors share no base class
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The tokenizer {path!r} cannot be opened ({type(error).__name__}: {reason}): without internet, point "
+            "--tokenizer.path at a local directory that holds tokenizer.json, or leave it out to train a tokenizer."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer {path!r} has no tokenizer.json (a fast tokenizer is needed): choose another.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer {path!r} has no eos_token: set one in its tokenizer_config.json.")
+    return tokenizer
+
+
+def _is_plain(path: str) -> bool:
+    """Whether AutoTokenizer would open a directory as PreTrainedTokenizerFast, which works without importing torch."""
+    try:
+        config = json.loads(Path(path, "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    named = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return named and "auto_map" not in config and not Path(path, "config.json").exists()
+
+
+def _auto_tokenizer() -> type:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raise UserError if the tokenizer has more ids than a model of ``vocab_size``."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer):,} ids, more than the model's vocab_size {vocab_size:,}: "
+            f"set --model.vocab-size {len(tokenizer)} or choose another tokenizer."
+        )
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Hex sha256 of everything that decides a document's ids: tokenizer.json, chat template and special ids."""
+    specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    content = "\x00".join((tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(specials)))
+    return hashlib.sha256(content.encode()).hexdigest()
