@@ -17,6 +17,7 @@ from typing import Any, Literal
 from cluster.accounts.figures import Figures, WorkerFigures
 from cluster.accounts.goodput import Membership, Start, progress
 from cluster.accounts.timeline import TimelineBins
+from cluster.elastic.events import Event
 from doge.common.errors import UserError
 from doge.reporting.plots import Timeline
 
@@ -51,8 +52,8 @@ class LedgerRecipe:
         return self.prices_per_hour[max(parts, key=len)] if parts else None
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+@dataclass(frozen=True)
+class StepRecord(Event):
     """What a host did since its last record: one optimizer step, or an evaluation or a checkpoint after one.
 
     Args:

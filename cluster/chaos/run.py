@@ -247,7 +247,7 @@ class Chaos:
 def _connect(address: str | None) -> None:
     """Join a cluster that is there. Raises UserError."""
     from cluster.machines.connection import connect
-    from cluster.runs.recipe import ScalingRecipe
+    from cluster.machines.scaling import ScalingRecipe
 
     address = address or os.environ.get("RAY_ADDRESS")
     try:

@@ -8,16 +8,15 @@ node is about to go, ends it at a step that all agree on, so that nothing is rep
 import asyncio
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
-from cluster.elastic.host import HostConfig
+from cluster.elastic.events import HostJoined, MembershipFormed
 from cluster.elastic.host_pool import WATCH_SECONDS, HostPool, HostRecord
 from cluster.elastic.membership import Member, Membership, Outcome, Seat, node_name
-
-if TYPE_CHECKING:
-    from cluster.runs.recipe import ScalingRecipe
+from cluster.elastic.workload import Job
+from cluster.machines.scaling import ScalingRecipe
 
 NAMESPACE = "doge"
 ABORT_SECONDS = 1.0  # from a loss until those who have not noticed it are told
@@ -29,14 +28,14 @@ class Coordinator:
 
     Args:
         name: of the run.
-        config: for the hosts.
+        job: for the hosts.
         scaling: how many there may be, and how patient to be.
     """
 
-    def __init__(self, name: str, config: HostConfig, scaling: "ScalingRecipe"):
+    def __init__(self, name: str, job: Job, scaling: ScalingRecipe):
         self.name = name
-        self._scaling, self._board = scaling, config.board
-        self._pool = HostPool(config, scaling)
+        self._scaling, self._board = scaling, job.board
+        self._pool = HostPool(job, scaling)
         self._groups: dict[str, dict[int, Seat]] = {}
         self._over = asyncio.Event()
         self._number = 0
@@ -72,8 +71,8 @@ class Coordinator:
                 "pid": host.info.pid,
                 "rank": ranks.get(host),
                 "membership": self._number,
-                "step": host.status.get("step", 0),
-                "phase": host.status.get("phase", "idle"),
+                "step": host.status.step,
+                "activity": host.status.activity,
                 "leaving": host.node in self._pool.leaving,
             }
             for host in self._pool.hosts.values()
@@ -135,17 +134,13 @@ class Coordinator:
             if not host.used:
                 host.used = True
                 at = time.monotonic() if host.spare else host.started
-                content = (host.name, node_name(host.info.machine, host.node), "", at)
-                self._board.post.remote("joined", content)
+                self._board.post.remote(HostJoined(host.name, node_name(host.info.machine, host.node), at))
             answer = host.handle.run.remote(membership, rank, None if host.name == membership.source else given)
             calls[asyncio.create_task(self._pool.ask(host, answer))] = host
+        formed_s = time.monotonic() - began
         await self._board.post.remote(
-            "membership",
-            {
-                "number": membership.number, "at": began, "world_size": len(hosts), "from_step": step,
-                "reached": self._reached, "formed_s": time.monotonic() - began, "lost_s": lost_for,
-            },
-        )  # fmt: skip
+            MembershipFormed(membership.number, began, len(hosts), step, self._reached, formed_s, lost_for)
+        )
         outcomes = await self._until_ended(calls)
         self._pool.members = []
         return await self._judge(outcomes, first)
@@ -178,7 +173,7 @@ class Coordinator:
         idle = [host for host in self._pool.hosts.values() if host.ready and not host.busy and host.answers()]
         if self._holder in idle:
             return self._holder
-        return max(idle or hosts, key=lambda host: (host.status.get("held", -1), host in hosts))
+        return max(idle or hosts, key=lambda host: (host.status.held, host in hosts))
 
     async def _until_ended(self, calls: dict[asyncio.Task, HostRecord]) -> dict[HostRecord, Outcome]:
         """Watch a membership's hosts until each has ended it or is lost."""
@@ -268,15 +263,14 @@ class Coordinator:
 
     def _steps(self, host: HostRecord) -> bool:
         """Whether a member of the present membership has taken up the state."""
-        status, others = host.status, ("idle", "joining", "engine", "closing")
-        return status.get("membership") == self._number and status["phase"] not in others
+        return host.status.membership == self._number and host.status.stage.at_work
 
 
 def actor_name(run: str) -> str:
     return f"coordinator of {run}"
 
 
-def open_coordinator(name: str, config: HostConfig, scaling: "ScalingRecipe"):
+def open_coordinator(name: str, job: Job, scaling: ScalingRecipe):
     """Start the run's coordinator on this node; returns the actor's handle.
 
     Raises:
@@ -294,5 +288,5 @@ def open_coordinator(name: str, config: HostConfig, scaling: "ScalingRecipe"):
             max_concurrency=1000,
             scheduling_strategy=here,
         )
-        .remote(name, config, scaling)
+        .remote(name, job, scaling)
     )

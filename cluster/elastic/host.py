@@ -1,20 +1,16 @@
-"""The process that trains in a seat: it keeps its imports, data and newest state while memberships come and go."""
+"""A host: the process in a seat, whose workload keeps its imports, data and newest state while memberships change."""
 
 import contextlib
 import os
 import signal
 import socket
 import threading
-import time
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 
-from cluster.elastic.membership import Given, HostInfo, Membership, Offer, Outcome
-from cluster.runs.recipe import Recipe
-from doge.common.lease import Claim
-from doge.common.storage import Storage, StorageError
+from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
+from cluster.elastic.workload import Beat, Job, SharedState, Workload
+from doge.common.storage import StorageError
 
 # A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
 # for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread sleep while
@@ -32,73 +28,56 @@ ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class HostConfig:
-    """What the driver hands to every host.
-
-    Args:
-        recipe: of the run.
-        storage: its root, which opens from any node.
-        claim: that the run may commit: nobody else has taken it over.
-        data_plan: fingerprint of the data's plan.
-        start_from: a checkpoint of another run to begin with.
-        use_gpu: whether a host trains on a GPU.
-        board: the board's actor handle.
-    """
-
-    recipe: Recipe
-    storage: Storage
-    claim: Claim
-    data_plan: str
-    start_from: Storage | None
-    use_gpu: bool
-    board: Any
-
-
 class Host:
-    """The actor's class; `start_host` starts one. ``prepare``, ``offer`` and ``run`` follow one another in one thread,
-    the other methods answer at any time."""
+    """The actor's class; `start_host` starts one.
+
+    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread, the other methods answer at
+    any time.
+    """
 
     def __init__(self, name: str):
         self.name = name
-        self._worker: Any = None
+        self._workload: Workload | None = None
         self._leave = threading.Event()
 
     @ray.method(concurrency_group="loop")
-    def prepare(self, config: HostConfig) -> HostInfo:
-        """Import everything, open the data, and do once what would make a first step slow."""
-        if not config.use_gpu:
+    def prepare(self, job: Job) -> HostInfo:
+        """Make the job's workload and do its slow first-time work."""
+        if not job.use_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        from cluster.workloads.worker import Worker
-
-        self._worker = Worker(config, self.name, self._leave)
-        self._worker.warm_up()
+        workload = job.open(self.name, self._leave)
+        self._workload = workload
+        workload.warm_up()
         return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address())
 
     @ray.method(concurrency_group="loop")
     def offer(self, copies: bool) -> Offer:
-        """The newest state that this host or the storage has; with ``copies`` also a reference to it for the others."""
+        """Offer the newest state that this host or the storage has.
+
+        Args:
+            copies: whether the other members need a reference to it.
+        """
         try:
-            given = self._worker.starting_state()
+            state = self._prepared.newest_state()
         except StorageError as error:
             return Offer(trouble=str(error))
-        if given is None:
+        if state is None:
             return Offer()
-        return Offer(given.step, (ray.put(given),) if copies else ())
+        return Offer(state.step, (ray.put(state),) if copies else ())
 
     @ray.method(concurrency_group="loop")
-    def run(self, membership: Membership, rank: int, given: Given | None) -> Outcome:
-        """Step in ``membership`` until it ends."""
+    def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
+        """Take part in ``membership`` as ``rank`` until it ends."""
         self._leave.clear()
         member = membership.members[rank]
         if member.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(member.gpus)
-        return self._worker.run(membership, rank, given)
+        return self._prepared.run(membership, rank, state)
 
     @ray.method(concurrency_group="loop")
     def flush(self) -> None:
-        """Return once the checkpoint that is being written is there."""
-        self._worker.checkpoints.wait()
+        """Return once everything that the workload handed to be written is written."""
+        self._prepared.flush()
 
     @ray.method(concurrency_group="control")
     def leave(self) -> None:
@@ -107,31 +86,31 @@ class Host:
 
     @ray.method(concurrency_group="control")
     def abort(self, number: int) -> None:
-        """Let a member of the membership ``number``, which has lost one, end it where it does not notice by itself."""
-        self._worker.abort(number)
+        """Make a member of membership ``number``, which has lost one, end it where it does not notice by itself."""
+        self._prepared.abort(number)
 
     @ray.method(concurrency_group="control")
     def address(self) -> tuple[str, int]:
-        """Where this host would listen as rank 0."""
-        from doge.training import process_group
-
-        return process_group.free_address(ray.util.get_node_ip_address())
+        """Host and port where this host would listen as rank 0."""
+        return free_address(ray.util.get_node_ip_address())
 
     @ray.method(concurrency_group="control")
-    def status(self) -> dict[str, Any]:
-        """Step, phase and seconds since it began; an answer at all says that the process is alive."""
-        if self._worker is None:
-            return {"phase": "start", "step": 0, "seconds": 0.0, "waiting": False}
-        (phase, step, since), held = self._worker.phase, self._worker.held
-        return {
-            "phase": phase,
-            "step": step,
-            "seconds": time.monotonic() - since,
-            "waiting": self._worker.waiting,
-            "step_seconds": self._worker.step_seconds,
-            "membership": self._worker.membership_number,
-            "held": held[0].step if held else -1,
-        }
+    def status(self) -> Beat:
+        """How the workload is; an answer at all says that the process is alive."""
+        return self._workload.beat() if self._workload is not None else Beat()
+
+    @property
+    def _prepared(self) -> Workload:
+        if self._workload is None:
+            raise RuntimeError(f"The host {self.name} was asked to work before it was prepared.")
+        return self._workload
+
+
+def free_address(host: str) -> tuple[str, int]:
+    """``host`` and a port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return host, int(probe.getsockname()[1])
 
 
 def start_host(name: str, node: str):

@@ -7,17 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
-from cluster.elastic.host import HostConfig, kill_host, start_host
+from cluster.elastic.events import HostLeft, HostStarted, HostStarting, Message
+from cluster.elastic.host import kill_host, start_host
 from cluster.elastic.membership import HostInfo, Seat
+from cluster.elastic.workload import Beat, Job, Stage
+from cluster.machines.scaling import ScalingRecipe
 from doge.common.errors import UserError
 from doge.common.storage import StorageError
-
-if TYPE_CHECKING:
-    from cluster.runs.recipe import ScalingRecipe
 
 WATCH_SECONDS = 0.5
 ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
@@ -41,7 +41,7 @@ class HostRecord:
     replaces: bool = False  # it was started for one that was lost
     gpus: tuple[str, ...] | None = None  # None: not bound to any yet
     info: HostInfo | None = None  # once it is ready
-    status: dict[str, Any] = field(default_factory=dict)
+    status: Beat = field(default_factory=lambda: Beat(waiting=True))
     busy: bool = False  # a call of its loop is under way
     used: bool = False  # it was in a membership
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -68,7 +68,7 @@ class HostRecord:
 
     def computes(self) -> bool:
         """Whether it is within a step and waits for nobody."""
-        return self.status.get("phase") == "step" and not self.status["waiting"]
+        return self.status.stage is Stage.STEPPING and not self.status.waiting
 
     def patience(self, hang_timeout_s: float) -> float:
         """Seconds that it has to end a membership that lost another.
@@ -76,12 +76,12 @@ class HostRecord:
         Who waits for the others, and was not woken by now, never will be. Whoever does something of its own ends after
         its micro-batch, or its checkpoint; only on a GPU it may be a collective that the computing waits for.
         """
-        step = 3 * self.status.get("step_seconds", 0.0)
-        if self.status.get("waiting", True):
+        step = 3 * self.status.step_seconds
+        if self.status.waiting:
             return KILL_SECONDS
-        if self.status["phase"] == "engine":
+        if self.status.stage is Stage.BUILDING:
             return BUILD_SECONDS
-        if self.gpus and self.status["phase"] == "step":
+        if self.gpus and self.status.stage is Stage.STEPPING:
             return max(KILL_SECONDS, step)
         return max(hang_timeout_s, step)
 
@@ -90,7 +90,7 @@ class HostPool:
     """The hosts of a run. All methods belong to one event loop.
 
     Args:
-        config: for the hosts.
+        job: for the hosts.
         scaling: how many spares there are, and how patient to be.
 
     Attributes:
@@ -101,8 +101,8 @@ class HostPool:
         change: set at whatever may call for another membership.
     """
 
-    def __init__(self, config: HostConfig, scaling: "ScalingRecipe"):
-        self._config, self._scaling, self._board = config, scaling, config.board
+    def __init__(self, job: Job, scaling: ScalingRecipe):
+        self._job, self._scaling, self._board = job, scaling, job.board
         self.hosts: dict[str, HostRecord] = {}
         self.seats: tuple[Seat, ...] = ()
         self.members: list[HostRecord] = []
@@ -206,7 +206,7 @@ class HostPool:
             self._to_replace += 1
             self._given_up.pop(host.node, None)  # there is room again
         if host.used:
-            self._board.post.remote("left", (host.name, time.monotonic()))
+            self._board.post.remote(HostLeft(host.name, time.monotonic()))
         # A stopped process hears no request: only the signal ends it.
         kill_host(host.handle, host.node, host.info.pid if reason and host.info is not None else None)
         if host not in self.members:
@@ -230,12 +230,12 @@ class HostPool:
         host = HostRecord(name, node, start_host(name, node), spare, replaces=self._to_replace > 0)
         self._to_replace -= host.replaces
         self.hosts[name] = host
-        self._board.post.remote("starting", (name, host.replaces, host.started))
+        self._board.post.remote(HostStarting(name, host.replaces, host.started))
         self._begin(self._prepare(host))
 
     async def _prepare(self, host: HostRecord) -> None:
-        host.info = await self.ask(host, host.handle.prepare.remote(self._config))
-        self._board.post.remote("started", (host.name, time.monotonic()))
+        host.info = await self.ask(host, host.handle.prepare.remote(self._job))
+        self._board.post.remote(HostStarted(host.name, time.monotonic()))
         if host.info is not None:
             self._failed_starts[host.node, host.spare] = 0
         elif host.reason:  # nobody wanted it to end
@@ -297,8 +297,8 @@ class HostPool:
         patience = self._scaling.hang_timeout_s
         if host.info is not None and host.silent() > patience:
             self.lose(host, f"no answer for {patience:g} seconds")
-        stuck = host.status.get("seconds", 0.0)
-        slow = max(patience, 20 * host.status.get("step_seconds", 0.0) or 10 * patience)
+        stuck = host.status.seconds
+        slow = max(patience, 20 * host.status.step_seconds or 10 * patience)
         ending = any(not member.alive for member in self.members)  # who waited for a lost one stops waiting
         if host.computes() and stuck > slow and not ending:
             self.lose(host, f"no progress in a step for {stuck:.0f} seconds")
@@ -365,7 +365,7 @@ class HostPool:
         self._begin(release())
 
     def say(self, message: str) -> None:
-        self._board.post.remote("message", message)
+        self._board.post.remote(Message(message))
 
     def _begin(self, work: Coroutine) -> None:
         """Do this beside the rest."""

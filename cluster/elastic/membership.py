@@ -100,23 +100,13 @@ class Offer:
 
     Args:
         step: updates that it is after.
-        references: to it as a `Given` in the object store, if it was asked for and there is one.
-        trouble: of the storage, without which nobody knows the newest state: the rest means nothing.
+        references: one to the state in the object store, if it was asked for and there is one.
+        trouble: storage error; if set, ignore the other fields.
     """
 
     step: int = 0
     references: tuple[Any, ...] = ()
     trouble: str = ""
-
-
-@dataclass
-class Given:
-    """A state on its way to a host, besides the tensors: the position in the data and the recipe that made it."""
-
-    step: int
-    parameters: dict[str, Any]
-    moments: dict[str, dict[str, Any]]
-    memory: dict[str, Any]
 
 
 def node_name(machine: str, node: str) -> str:

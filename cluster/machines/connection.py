@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.runs.recipe import ScalingRecipe
+from cluster.machines.scaling import ScalingRecipe
 from doge.common.errors import UserError
 
 if TYPE_CHECKING:

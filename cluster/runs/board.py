@@ -6,43 +6,24 @@ the driver (logged, written), so that a checkpoint never gets ahead of its own r
 
 import asyncio
 import time
-from typing import Any, Literal, NamedTuple
 
-Kind = Literal[
-    "starting",
-    "started",
-    "joined",
-    "left",
-    "membership",
-    "member",
-    "step",
-    "evaluation",
-    "samples",
-    "experts",
-    "ledger",
-    "message",
-]
-
-
-class Post(NamedTuple):
-    kind: Kind
-    content: Any
+from cluster.elastic.events import Event
 
 
 class Board:
     """The actor's class; `open_board` starts one."""
 
     def __init__(self):
-        self._posts: list[Post] = []
+        self._posts: list[Event] = []
         self._handled = 0
         self._stopped: str | None = None
         self._unrecorded: str | None = None
         self._progress = asyncio.Condition()
 
-    async def post(self, kind: Kind, content: Any) -> None:
-        self._posts.append(Post(kind, content))
+    async def post(self, event: Event) -> None:
+        self._posts.append(event)
 
-    async def take(self, handled: int) -> list[Post]:
+    async def take(self, handled: int) -> list[Event]:
         """The posts after the first ``handled``, which the driver has dealt with."""
         async with self._progress:
             for place in range(self._handled, handled):

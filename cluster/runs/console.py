@@ -5,7 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import TextIO
 
 from doge.common.words import duration
 
@@ -37,9 +37,9 @@ class Console:
         for label, text in rows:
             self.say(f"  {label:<{width}}  {text}")
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the newest step: loss, rate, and time to go from the median of the last 50 steps."""
-        now, step = time.monotonic(), int(row["step"])
+        now = time.monotonic()
         if self._last and step > self._last[0]:
             self._step_seconds.append((now - self._last[1]) / (step - self._last[0]))
         self._last = (step, now)
@@ -47,8 +47,8 @@ class Console:
         if self._step_seconds:
             eta = duration(statistics.median(self._step_seconds) * (self._max_steps - step))
         text = (
-            f"step {step:,}/{self._max_steps:,}  loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  "
-            f"learning rate {row['learning_rate']:.2e}  {eta} to go"
+            f"step {step:,}/{self._max_steps:,}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  "
+            f"learning rate {metrics['learning_rate']:.2e}  {eta} to go"
         )
         if self._live:
             self._clear()

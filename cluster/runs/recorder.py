@@ -7,14 +7,22 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from cluster.accounts.figures import Figures
-from cluster.accounts.ledger import Ledger
-from cluster.runs.board import Post
+from cluster.accounts.ledger import Ledger, StepRecord
+from cluster.elastic.events import (
+    Event,
+    HostJoined,
+    HostLeft,
+    HostStarted,
+    HostStarting,
+    MembershipFormed,
+    Message,
+)
 from cluster.runs.console import Console
 from cluster.runs.forecast import remember_speeds
 from cluster.runs.recipe import Recipe
+from cluster.workloads.events import Evaluated, MemberStarted, MetricsMeasured, SamplesTaken, StepMade
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
 from doge.common.words import count
@@ -35,8 +43,8 @@ class Recorder:
         self._board, self._directory, self._tracker, self._console = board, directory, tracker, console
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._done = threading.Event()
-        self._membership: dict[str, Any] = {}
-        self._started: dict[int, dict[str, Any]] = {}  # what its members said, by rank
+        self._membership: MembershipFormed | None = None
+        self._started: dict[int, MemberStarted] = {}  # its members, by rank
         self._ledger_written = time.monotonic()
         self.ledger = self._open_ledger()
         self.ledger.begin(time.monotonic())
@@ -127,32 +135,39 @@ class Recorder:
                 break
         ray.get(self._board.take.remote(kept))
 
-    def _show(self, posts: list[Post]) -> None:
-        """What a person sees, and the ledger: in memory, each post once."""
-        for post in posts:
-            if post.kind == "step":
-                self._console.step(post.content)
-            elif post.kind == "evaluation":
-                self._console.say(f"step {post.content['step']:,}  held-out loss {post.content['held_out_loss']:.4f}")
-            elif post.kind == "message":
-                self._console.say(post.content)
-            elif post.kind == "membership":
-                self._membership, self._started = post.content, {}
-                self.ledger.membership(post.content["number"], post.content["from_step"], post.content["at"])
-            elif post.kind == "member":
-                self._tell_member(post.content)
-            elif post.kind in ("starting", "started", "joined", "left"):
-                getattr(self.ledger, post.kind)(*post.content)
-            elif post.kind == "ledger":
-                self.ledger.record(post.content)
+    def _show(self, events: list[Event]) -> None:
+        """What a person sees, and the ledger: in memory, each event once."""
+        for event in events:
+            match event:
+                case StepMade():
+                    self._console.step(event.step, event.metrics)
+                case Evaluated():
+                    self._console.say(f"step {event.step:,}  held-out loss {event.metrics['held_out_loss']:.4f}")
+                case Message():
+                    self._console.say(event.text)
+                case MembershipFormed():
+                    self._membership, self._started = event, {}
+                    self.ledger.membership(event.number, event.from_step, event.at)
+                case MemberStarted():
+                    self._tell_member(event)
+                case HostStarting():
+                    self.ledger.starting(event.host, event.replaces, event.at)
+                case HostStarted():
+                    self.ledger.started(event.host, event.at)
+                case HostJoined():
+                    self.ledger.joined(event.host, event.node, "", event.at)
+                case HostLeft():
+                    self.ledger.left(event.host, event.at)
+                case StepRecord():
+                    self.ledger.record(event)
 
-    def _keep(self, posts: list[Post]) -> None:
+    def _keep(self, events: list[Event]) -> None:
         """What must last: metrics and samples; doing it again changes nothing."""
-        for post in posts:
-            if post.kind == "samples":
-                self._write_samples(*post.content)
-        rows = [post.content for post in posts if post.kind in ("step", "evaluation", "experts")]
-        self._tracker.log_metrics([{k: v for k, v in row.items() if k != "held_out_tokens"} for row in rows])
+        for event in events:
+            if isinstance(event, SamplesTaken):
+                self._write_samples(event.step, event.first, event.samples)
+        rows = [{"step": event.step} | event.metrics for event in events if isinstance(event, MetricsMeasured)]
+        self._tracker.log_metrics(rows)
         if time.monotonic() - self._ledger_written > LEDGER_SECONDS:
             self._write_ledger()
 
@@ -161,27 +176,27 @@ class Recorder:
         content = {first + at: sample for at, sample in enumerate(samples)}
         self._directory.write_bytes(f"samples/step-{step:08d}-{first:012d}.json", json.dumps(content).encode())
 
-    def _tell_member(self, member: dict[str, Any]) -> None:
+    def _tell_member(self, member: MemberStarted) -> None:
         """Once every member has made its first step, say who they are and what it took."""
         membership = self._membership
-        if member["membership"] != membership.get("number"):
+        if membership is None or member.membership != membership.number:
             return
-        self._started[member["rank"]] = member
-        if len(self._started) < membership["world_size"]:
+        self._started[member.rank] = member
+        if len(self._started) < membership.world_size:
             return
         members = [self._started[rank] for rank in range(len(self._started))]
-        counted = Counter(m["device"] for m in members)
+        counted = Counter(m.device for m in members)
         devices = ", ".join(f"{number} × {device}" if number > 1 else device for device, number in counted.items())
-        text = f"{count(len(members), 'worker')} on {devices}, {member['precision']}"
+        text = f"{count(len(members), 'worker')} on {devices}, {member.precision}"
         if len(members) > 1:
-            text += f", sharing {' + '.join(str(m['share']) for m in members)} sequences a step"
-        text += f", from step {member['step']:,}"
-        if repeated := membership["reached"] - member["step"]:
+            text += f", sharing {' + '.join(str(m.share) for m in members)} sequences a step"
+        text += f", from step {member.step:,}"
+        if repeated := membership.reached - member.step:
             text += f", repeating {count(repeated, 'step')}"
-        if membership["lost_s"] is not None:
-            parts = {"regrouping": membership["lost_s"] + membership["formed_s"]}
-            for name in members[0]["seconds"]:
-                parts[name] = max(m["seconds"][name] for m in members)
+        if membership.lost_s is not None:
+            parts = {"regrouping": membership.lost_s + membership.formed_s}
+            for name in members[0].seconds:
+                parts[name] = max(m.seconds[name] for m in members)
             text += f", {sum(parts.values()):.1f} s after the last ("
             text += ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()) + ")"
         self._console.say(f"{text}.")

@@ -9,8 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from cluster.elastic.host import HostConfig
-from cluster.elastic.membership import Given, Membership, Outcome, node_name
+from cluster.elastic.membership import Membership, Outcome, node_name
 from cluster.workloads.membership_loop import MembershipLoop
 from data_pipelines.order.packed_sequences import PackedSequences
 from doge.common.errors import UserError
