@@ -33,17 +33,17 @@ class Ours:
 
     def __init__(self, preset: str, device: torch.device, args: argparse.Namespace):
         from doge.model.configuration import ModelRecipe
-        from doge.model.modeling import build_model
         from doge.training.engine import Engine, EngineRecipe
         from doge.training.micro_batch import probe_micro_batch
+        from doge.training.next_token import NextTokenPrediction
+        from doge.training.objective import TensorBatch
         from doge.training.optimizer import OptimizerRecipe
 
-        torch.manual_seed(0)
-        model = build_model(ModelRecipe(preset).build())
-        self.engine = Engine(model, OptimizerRecipe(), EngineRecipe(), device)
+        recipe = ModelRecipe(preset)
+        self.engine = Engine(NextTokenPrediction(recipe), OptimizerRecipe(), EngineRecipe(), device)
         self.micro_batch = args.micro_batch or probe_micro_batch(self.engine, args.sequence_length, 256, 1)
-        batch = make_batch("ours", model.config.vocab_size, args)
-        self.batch = {key: value.repeat(self.micro_batch, 1) for key, value in batch.items()}
+        batch = make_batch("ours", recipe.build().vocab_size, args)
+        self.batch = TensorBatch({key: value.repeat(self.micro_batch, 1) for key, value in batch.items()})
 
     def step(self) -> None:
         self.engine.step(self.batch, [self.micro_batch], 1.0)
@@ -165,9 +165,10 @@ def main() -> None:
         raise SystemExit("This machine has no GPU that PyTorch can use: --device cpu tries the script without one.")
 
     from doge.common.hardware import device_name, peak_tflops
+    from doge.common.network import free_address
     from doge.training import process_group
 
-    process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), device)
+    process_group.join(0, 1, 0, free_address("127.0.0.1"), device)
     peak = peak_tflops(device)
     print(f"{device_name(device)}, peak {peak or math.nan:g} TFLOP/s in bf16, 1 x {args.sequence_length} a sequence")
     print(f"{'':14}{'params':>9}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'micro':>8}")

@@ -10,6 +10,7 @@ import ray
 
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
 from cluster.elastic.workload import Beat, Job, SharedState, Workload
+from doge.common.network import free_address
 from doge.common.storage import StorageError
 
 # A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
@@ -104,13 +105,6 @@ class Host:
         if self._workload is None:
             raise RuntimeError(f"The host {self.name} was asked to work before it was prepared.")
         return self._workload
-
-
-def free_address(host: str) -> tuple[str, int]:
-    """``host`` and a port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, int(probe.getsockname()[1])
 
 
 def start_host(name: str, node: str):

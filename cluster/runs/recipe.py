@@ -12,7 +12,8 @@ from doge.model.configuration import ModelRecipe, num_parameters
 from doge.reporting.tracking import TrackingRecipe
 from doge.tokenizer.training import TokenizerRecipe
 from doge.training.engine import EngineRecipe
-from doge.training.optimizer import OptimizerRecipe, SchedulerRecipe
+from doge.training.optimizer import OptimizerRecipe
+from doge.training.schedule import SchedulerRecipe
 
 
 @dataclass(frozen=True)

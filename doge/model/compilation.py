@@ -10,13 +10,13 @@ from doge.model.modeling import DogeForCausalLM
 _log = logging.getLogger(__name__)
 
 
-def compile_layers(model: DogeForCausalLM) -> bool:
+def compile_layers(model: torch.nn.Module) -> bool:
     """Compile the model's layers in place: one graph serves them all, and the state dict stays as it is.
 
     Returns:
-        Whether it was done; where it cannot be, the layers run as they are, with the same results.
+        Whether it was done; where it cannot be, or the model is no Doge, all runs as it is, with the same results.
     """
-    if not can_compile(model.device.type):
+    if not isinstance(model, DogeForCausalLM) or not can_compile(model.device.type):
         return False
     for layer in model.model.layers:
         layer.compile()

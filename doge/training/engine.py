@@ -5,10 +5,8 @@ that it can be carried to an engine of any other size and ZeRO stage.
 """
 
 import gc
-import logging
-import os
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +15,17 @@ import torch.distributed as dist
 
 from doge.common.errors import UserError
 from doge.model.compilation import compile_layers
-from doge.training.micro_batch import OutOfMemory, fits, nothing_fits
+from doge.training.deepspeed_internals import (
+    deepspeed_config,
+    discard_gradients,
+    forget_engines,
+    free,
+    import_deepspeed,
+)
+from doge.training.memory import OutOfMemory, fits, nothing_fits
+from doge.training.objective import Batch, LossSum, Objective
 from doge.training.optimizer import OptimizerRecipe
-from doge.training.state.train_state import TrainState, check_fits, fill_moments, gather, restore
+from doge.training.state.train_state import TrainState, check_fits, fill_moments, freeze, gather_state, restore
 from doge.training.step_clock import StepClock
 
 
@@ -50,13 +56,16 @@ class EngineRecipe:
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Mean over the loss tokens of the global batch, in nats."""
+    """Mean over the weight of the global batch, in nats."""
     grad_norm: float
-    loss_tokens: int
-    told: list[list[float]] = field(default_factory=list)
-    """What every rank told in this step, by rank; the same on all of them."""
+    weight: float
+    """What the mean is over, such as loss tokens."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's further sums over the weight, by name."""
+    gathered: list[list[float]] = field(default_factory=list)
+    """The numbers that every rank gave, by rank; the same on all of them."""
     micro_batch_limit: int | None = None
-    """The most sequences that a micro-batch of this rank may have from now on, where the step found that out."""
+    """The most units that a micro-batch of this rank may have from now on, where the step found that out."""
     compute_seconds: float = 0.0
     """This rank's own forward and backward passes, without waiting and without an attempt that ran out of memory.
 
@@ -67,10 +76,10 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed in the current process group.
+    """An objective's model under DeepSpeed in the current process group.
 
     Args:
-        model: fp32, on the CPU, equal on every rank.
+        objective: what is learnt; equal on every rank.
         optimizer: its recipe.
         recipe: ZeRO stage and precision.
         device: where to train.
@@ -79,28 +88,31 @@ class Engine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        objective: Objective,
         optimizer: OptimizerRecipe,
         recipe: EngineRecipe,
         device: torch.device,
         state: TrainState | None = None,
     ):
         recipe.check()
-        self.device = device
+        self.objective, self.device = objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = recipe.zero_stage
         self.equal_micro_batches = recipe.zero_stage >= 2
+        model = objective.build()
         if state is not None:
             check_fits(state, model)
             model.load_state_dict(state.parameters, strict=False)  # tied weights have one name only
+        self._frozen = freeze(model, objective.trainable)
         self.dtype = recipe.dtype(device)
         deepspeed = import_deepspeed(device)
-        _forget_engines()
+        forget_engines()
+        num_parameters = sum(p.numel() for p in model.parameters())
         # DeepSpeed broadcasts the parameters from rank 0 and keeps its fp32 copies in the optimizer.
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer.build(model),
-            config=_config(recipe, self.dtype, optimizer, sum(p.numel() for p in model.parameters())),
+            config=deepspeed_config(recipe.zero_stage, self.dtype, optimizer.max_grad_norm, num_parameters),
         )
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
         # ZeRO 3 gathers within the layers, which would cut every graph to pieces.
@@ -127,109 +139,95 @@ class Engine:
         return self._clock.current == "wait"
 
     def close(self) -> None:
-        """Free the memory of the engine, which is of no use after; within its group or when that is left.
+        """Free all memory, before or after leaving the group. The engine is unusable afterwards.
 
-        Nothing is communicated. A collective that hangs on a GPU must be aborted before, for the GPU is waited for.
-
-        Only to drop it is not enough under ZeRO 1 to 3: DeepSpeed's hooks refer to the model and to the engine from
-        where the garbage collector does not see them, so that all tensors are taken out of both.
+        Nothing is communicated. Abort a collective that hangs on a GPU first: this waits for the GPU.
         """
-        parameters, optimizer = list(self.module.parameters()), self._engine.optimizer
-        with suppress(AssertionError, ValueError):  # outside the group it fails to print that the hooks are removed
-            self._engine.destroy()
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.data = torch.empty(0)
-            vars(parameter).clear()
-        inner = getattr(optimizer, "optimizer", optimizer)
-        inner.state.clear()
-        inner.param_groups.clear()
-        vars(optimizer).clear()
+        free(self._engine)
         self._engine = None
-        _forget_engines()
+        forget_engines()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def abandon(self) -> None:
-        """From another thread: let the step or evaluation under way, which is in vain, end after its micro-batch.
+        """Stop the current step or evaluation after its micro-batch; its result is discarded. Thread-safe.
 
-        It raises RuntimeError then.
+        The call under way raises RuntimeError.
         """
         self._abandoned = True
 
     def step(
-        self,
-        batch: dict[str, torch.Tensor],
-        micro_batch_sizes: Sequence[int],
-        lr_factor: float,
-        tell: Sequence[float] = (),
+        self, batch: Batch, micro_batch_sizes: Sequence[int], lr_factor: float, gather: Sequence[float] = ()
     ) -> StepResult:
-        """One update from this rank's share of the global batch.
+        """Make one update from this rank's share of the global batch.
 
-        The gradient is the mean over every loss token of all ranks. Ranks may bring different numbers of micro-batches
-        under ZeRO 0 and 1, none included; equal numbers under 2 and 3.
+        The gradient is the mean over the weight of all ranks' units. Ranks may bring different numbers of
+        micro-batches under ZeRO 0 and 1, none included; equal numbers under 2 and 3.
 
         Where a micro-batch does not fit in memory under ZeRO 0 and 1, in which passes communicate nothing, this rank
         forgets what it has of the step and begins it again with micro-batches of half the size.
 
         Args:
-            batch: ``input_ids``, ``labels`` and ``position_ids``, each ``(sequences, sequence_length)``.
-            micro_batch_sizes: sequences in each micro-batch, in order; 0 is one that only fills up.
+            batch: this rank's units.
+            micro_batch_sizes: units in each micro-batch, in order; a 0 is an empty one that only fills up.
             lr_factor: the peak learning rate is multiplied by it.
-            tell: numbers for ``told`` of all ranks' results; as many on every rank.
+            gather: numbers that all ranks learn of each other in ``gathered``; as many on every rank.
 
         Raises:
             OutOfMemory: the optimizer's step does not fit, or a micro-batch under ZeRO 2 and 3.
-            UserError: no token to learn from, or not even a micro-batch of one sequence fits.
+            UserError: nothing to learn from, or not even a micro-batch of one unit fits.
         """
-        sequences = len(batch["labels"])
-        if sum(micro_batch_sizes) != sequences:
-            raise ValueError(f"micro-batches of {list(micro_batch_sizes)} do not make up {sequences} sequences")
+        units = len(batch)
+        if sum(micro_batch_sizes) != units:
+            raise ValueError(f"micro-batches of {list(micro_batch_sizes)} do not make up {units} units")
         # ZeRO 1 reduces and clips on a rank only what its passes have touched.
         sizes, limit = list(micro_batch_sizes) or [0], None
         clock = self._clock = StepClock(self.device)
         # ZeRO 3 waits on other streams than the one that computes, where events would mean nothing.
         with nullcontext() if self._gathers_aside else clock.watch_collectives():
-            told = self.tell_all([_loss_tokens(batch["labels"]), *tell])
-            loss_tokens = int(sum(row[0] for row in told))
-            if loss_tokens == 0:
-                raise UserError("A global batch holds no token to learn from: check the sources' documents.")
+            gathered = self.all_gather_floats([self.objective.weight(batch), *gather])
+            weight = sum(row[0] for row in gathered)
+            if not weight > 0:
+                raise UserError(
+                    "A global batch holds nothing to learn from, no token that counts: check the sources' documents."
+                )
             self._engine.train()
             while True:
                 try:
                     with clock.span("compute"):
-                        # DeepSpeed averages gradients over ranks; the sum is what the mean over tokens needs.
-                        loss_sum = self._accumulate(batch, sizes, self.world_size / loss_tokens)
+                        # DeepSpeed averages gradients over ranks; the sum is what the mean over the weight needs.
+                        sums = self._accumulate(batch, sizes, self.world_size / weight)
                     break
                 except OutOfMemory as error:
                     if self.equal_micro_batches:
                         raise
                     limit = error.limit
                 clock.rename("compute", "lost")
-                self._discard_gradients()
-                sizes = [min(limit, sequences - start) for start in range(0, sequences, limit)] or [0]
+                discard_gradients(self._engine)
+                sizes = [min(limit, units - start) for start in range(0, units, limit)] or [0]
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = self._peak_lr * lr_factor
             if not fits(self._engine.step):
                 raise self._too_large(max(sizes))
             with clock.span("wait"):
-                loss = float(self._sum(loss_sum)) / loss_tokens
+                means = [total / weight for total in self._all_reduce(sums).tolist()]
         self.step_count += 1
         grad_norm = self._engine.get_global_grad_norm()
         seconds = clock.seconds()
         return StepResult(
-            loss=loss,
+            loss=means[0],
             grad_norm=float(self._grad_norm if grad_norm is None else grad_norm),
-            loss_tokens=loss_tokens,
-            told=[row[1:] for row in told],
+            weight=weight,
+            metrics=dict(zip(self.objective.metrics, means[1:], strict=True)),
+            gathered=[row[1:] for row in gathered],
             micro_batch_limit=limit,
             compute_seconds=seconds["compute"],
             wait_seconds=seconds["wait"],
         )
 
-    def rehearse(self, size: int, sequence_length: int) -> None:
-        """Forward and backward passes of a micro-batch of ``size`` full sequences, which change nothing.
+    def rehearse(self, size: int, length: int) -> None:
+        """Run the passes of the largest micro-batch of ``size`` units of ``length`` tokens, which change nothing.
 
         Under ZeRO 0 and 1 they are the step's own, twice: the second pass finds the gradients of the first in memory.
         Under 2 and 3 those would communicate, so they are a plain copy's, with its whole weights and gradients and an
@@ -239,9 +237,7 @@ class Engine:
             torch.OutOfMemoryError: it does not fit.
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            tokens = torch.randint(self.module.config.vocab_size, (size, sequence_length))
-            positions = torch.arange(sequence_length).expand(size, -1)
-            batch = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
+            batch = self.objective.rehearsal(size, length)
             if self.equal_micro_batches:
                 self._rehearse_alone(batch)
                 return
@@ -250,33 +246,33 @@ class Engine:
                 for _ in range(2):
                     self._pass(batch, 1.0)
             finally:
-                self._discard_gradients()
+                discard_gradients(self._engine)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> tuple[float, int]:
-        """Mean loss in nats over the loss tokens that all ranks bring together, and their number.
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
+        """Mean loss over the weight of the units that all ranks bring together, and that weight.
 
-        Under ZeRO 3 every rank must bring as many micro-batches; one without sequences only fills up.
+        Under ZeRO 3 every rank must bring as many micro-batches; one without units only fills up.
         """
         self._engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             self._check_abandoned()
-            totals[0] += self._loss_sum(self._engine, batch)
-            totals[1] += _loss_tokens(batch["labels"])
+            totals[0] += self._loss_sum(self._engine, batch).loss
+            totals[1] += self.objective.weight(batch)
         self._clock = StepClock(self.device)
         with self._clock.span("wait"):
-            loss_sum, loss_tokens = self._sum(totals).tolist()
-        return loss_sum / max(loss_tokens, 1.0), int(loss_tokens)
+            loss_sum, weight = self._all_reduce(totals).tolist()
+        return loss_sum / max(weight, 1.0), weight
 
     def state(self) -> TrainState | None:
         """The full state as copies in host memory on rank 0, None elsewhere; every rank must call it."""
         self._clock = StepClock(self.device)
         with self._clock.span("wait"):
-            return gather(self._engine, self.step_count)
+            return gather_state(self._engine, self.step_count, self._frozen)
 
-    def _clip(self, max_norm: float):
-        def hook(optimizer, *_) -> None:
+    def _clip(self, max_norm: float) -> Callable[..., None]:
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
@@ -286,72 +282,61 @@ class Engine:
     def _gathers_aside(self) -> bool:
         return self.zero_stage == 3 and self.device.type == "cuda"
 
-    def _accumulate(self, batch: dict[str, torch.Tensor], sizes: list[int], scale: float) -> torch.Tensor:
-        """Add up the gradients of all micro-batches; their summed loss, an fp64 scalar on the device.
+    def _accumulate(self, batch: Batch, sizes: list[int], scale: float) -> torch.Tensor:
+        """Add up the gradients of all micro-batches.
 
-        Raises OutOfMemory with the memory freed, but for the gradients added up so far.
+        Returns the summed loss and metrics, (1 + metrics,) fp64 on the device. Raises OutOfMemory with the memory
+        freed, but for the gradients added up so far.
         """
-        losses = [torch.zeros((), dtype=torch.float64, device=self.device)]
+        sums = [torch.zeros(1 + len(self.objective.metrics), dtype=torch.float64, device=self.device)]
         start = 0
         for size in sizes:
             self._check_abandoned()
-            rows = {key: value[start : start + size] for key, value in batch.items()}
-            if not fits(lambda rows=rows: losses.append(self._pass(rows, scale))):
+            piece = batch[start : start + size]
+            if not fits(lambda piece=piece: sums.append(self._pass(piece, scale))):
                 raise self._too_large(size)
             start += size
-        return torch.stack(losses).sum()
+        return torch.stack(sums).sum(0)
 
     def _check_abandoned(self) -> None:
         if self._abandoned:
             raise RuntimeError("The step was abandoned.")
 
-    def _pass(self, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """Forward and backward of one micro-batch; its summed loss, fp64."""
-        loss_sum = self._loss_sum(self._engine, batch)
-        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
-        return loss_sum.detach().double()
+    def _pass(self, batch: Batch, scale: float) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its summed loss and metrics, fp64."""
+        sums = self._loss_sum(self._engine, batch)
+        self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
+        metrics = [sums.metrics[name].detach() for name in self.objective.metrics]
+        return torch.stack([sums.loss.detach().double(), *(metric.double() for metric in metrics)])
 
-    def _rehearse_alone(self, batch: dict[str, torch.Tensor]) -> None:
-        with self.device:
-            copy = type(self.module)(self.module.config).to(self.dtype)
-        if self.module.is_gradient_checkpointing:
-            copy.gradient_checkpointing_enable()
+    def _rehearse_alone(self, batch: Batch) -> None:
+        copy = self.objective.build().to(self.dtype).to(self.device)
+        freeze(copy, self.objective.trainable)
         gradient = torch.empty(sum(p.numel() for p in copy.parameters()), dtype=torch.float32, device=self.device)
         for _ in range(2):
-            self._loss_sum(copy.train(), batch).backward()
+            self._loss_sum(copy.train(), batch).loss.backward()
         del gradient
 
     def _too_large(self, size: int) -> Exception:
         return OutOfMemory(size // 2) if size > 1 else nothing_fits(self.device)
 
-    def _discard_gradients(self) -> None:
-        """Make the step as if none of its micro-batches had run; only for ZeRO 0 and 1.
+    def _loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
+        """The loss of a micro-batch; an empty one becomes a dummy of weight 0."""
+        batch = batch if len(batch) else self.objective.empty()
+        return self.objective.loss_sum(model, batch.to(self.device))
 
-        Their backward passes leave ``grad`` of the parameters and, in bf16, the fp32 sums of ``BF16_Optimizer``;
-        one that broke off also leaves DeepSpeed's hooks believing that they are within it.
+    def all_gather_floats(self, numbers: Sequence[float]) -> list[list[float]]:
+        """All-gather floats from every rank; exact, because each slot is summed with zeros.
+
+        Returns:
+            The numbers of every rank, by rank.
         """
-        optimizer = self._engine.optimizer
-        optimizer.zero_grad()
-        while getattr(optimizer, "_backward_active_depth", 0):
-            optimizer.exit_backward()
-        self._engine._unmanaged_backward_count = 0
-
-    def _loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed loss of a micro-batch, scalar fp32; one without sequences becomes a row that teaches nothing."""
-        if len(batch["labels"]) == 0:
-            row = torch.arange(batch["labels"].shape[1])[None]
-            batch = {"input_ids": row * 0, "labels": row * 0 - 100, "position_ids": row}
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        return model(**batch, use_cache=False, reduction="sum").loss
-
-    def tell_all(self, numbers: list[float]) -> list[list[float]]:
-        """Every rank's numbers by rank; exact, for each is only added to zeros."""
         table = torch.zeros(self.world_size, len(numbers), dtype=torch.float64)
         table[self.rank] = torch.tensor(numbers, dtype=torch.float64)
         with self._clock.span("wait"):
-            return self._sum(table).tolist()
+            return self._all_reduce(table).tolist()
 
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+    def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of an fp64 tensor over ranks, back on the CPU."""
         if self.world_size > 1:
             values = values.to(self.device)
@@ -359,56 +344,7 @@ class Engine:
         return values.cpu()
 
 
-def _loss_tokens(labels: torch.Tensor) -> int:
-    """Positions that are predicted: the first of a row never is."""
-    return int((labels[:, 1:] != -100).sum())
-
-
-def _config(recipe: EngineRecipe, dtype: torch.dtype, optimizer: OptimizerRecipe, parameters: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the caller owns the step boundary: ranks bring what they have
-        "gradient_clipping": optimizer.max_grad_norm if recipe.zero_stage else 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": recipe.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": min(parameters, 500_000_000),  # allocated whole: 2 GB by default, at any model size
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**12,
-    }
-
-
 def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
-
-
-def _forget_engines() -> None:
-    """Let ZeRO 3 number modules and parameters from 0, as in the processes of this group that have had no engine yet.
-
-    It compares the numbers between ranks. It would also keep a model for ever as the one whose forward is under way.
-    """
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
-
-    partition_parameters.Init.param_id = 0
-    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    parameter_offload.FWD_MODULE_STACK.clear()
-
-
-def import_deepspeed(device: torch.device):
-    """DeepSpeed for this device, without the shared-memory extension that it would compile for a minute on CPUs."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -1,18 +1,10 @@
 """Joining and leaving process groups, as often as the set of workers changes, in one process."""
 
 import os
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-
-def free_address(host: str) -> tuple[str, int]:
-    """``host`` and a port of this machine that is free now, for a group whose rank 0 is this process."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, probe.getsockname()[1]
 
 
 def join(rank: int, world_size: int, local_rank: int, address: tuple[str, int], device: torch.device) -> None:

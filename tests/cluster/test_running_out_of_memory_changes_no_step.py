@@ -9,9 +9,10 @@ import torch.multiprocessing as multiprocessing
 
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe
-from doge.model.modeling import build_model
 from doge.training.engine import Engine, EngineRecipe
-from doge.training.micro_batch import OutOfMemory
+from doge.training.memory import OutOfMemory
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 
 STEPS, LENGTH, VOCABULARY, DISTURBED = 4, 16, 64, 1
@@ -27,14 +28,14 @@ STAGES = [(0, "fp32"), (1, "fp32"), (1, "bf16")]
 PLACES = ["forward", "backward", "end of backward"]
 
 
-def share(step: int, rank: int) -> dict[str, torch.Tensor]:
+def share(step: int, rank: int) -> TensorBatch:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCABULARY, (10, LENGTH), generator=generator)
     labels = tokens.clone()
     for row in range(10):
         labels[row, :row] = -100
     batch = {"input_ids": tokens, "labels": labels, "position_ids": torch.arange(LENGTH).expand(10, -1)}
-    return {key: value[slice(*SHARES[rank])] for key, value in batch.items()}
+    return TensorBatch(batch)[slice(*SHARES[rank])]
 
 
 class RefuseBackward(torch.autograd.Function):
@@ -65,8 +66,7 @@ def refuse(network: torch.nn.Module, place: str, limit: int):
 
 def train(rank: int, stage: int, precision: str, place: str | None = None, sizes=SIZES) -> dict:
     """A few steps, in the one of which rank 0 is refused memory in ``place``."""
-    torch.manual_seed(0)
-    engine = Engine(build_model(MODEL.build()), OPTIMIZER, EngineRecipe(stage, precision), torch.device("cpu"))
+    engine = Engine(NextTokenPrediction(MODEL), OPTIMIZER, EngineRecipe(stage, precision), torch.device("cpu"))
     results, states = [], []
     for step in range(STEPS):
         disturbed = step == DISTURBED
@@ -139,9 +139,8 @@ def alone(tmp_path_factory):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def build(stage: int, precision: str = "fp32") -> Engine:
-        torch.manual_seed(0)
         recipe = EngineRecipe(stage, precision)
-        return Engine(build_model(MODEL.build()), OPTIMIZER, recipe, torch.device("cpu"))
+        return Engine(NextTokenPrediction(MODEL), OPTIMIZER, recipe, torch.device("cpu"))
 
     yield build
     torch.distributed.destroy_process_group()

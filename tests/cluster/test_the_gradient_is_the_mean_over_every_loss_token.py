@@ -1,6 +1,7 @@
 """Promises 2 and 3 on real process groups: uneven shares give the single-process step, and state moves between all."""
 
 import os
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.multiprocessing as multiprocessing
 from doge.model.configuration import ModelRecipe
 from doge.model.modeling import build_model
 from doge.training.engine import Engine, EngineRecipe
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.process_group import leave
 from doge.training.state.train_state import TrainState
@@ -33,6 +36,14 @@ def model():
     return network
 
 
+class AwayFromStart(NextTokenPrediction):
+    def build(self):
+        return model()
+
+
+OBJECTIVE = AwayFromStart(MODEL)
+
+
 def global_batch(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
@@ -46,12 +57,12 @@ def lr_factor(step: int) -> float:
     return min(1.0, (step + 1) / 3)
 
 
-def share(step: int, rank: int, world_size: int, equal: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+def share(step: int, rank: int, world_size: int, equal: bool) -> tuple[TensorBatch, list[int]]:
     """A rank's rows and their cut: uneven numbers of micro-batches, or three for every rank, some of them empty."""
     start, stop = SHARES[world_size][rank]
     rows = torch.arange(start, stop)
     pieces = torch.tensor_split(rows, 3) if equal else rows.split(2) if len(rows) else ()
-    return {key: value[start:stop] for key, value in global_batch(step).items()}, [len(piece) for piece in pieces]
+    return TensorBatch(global_batch(step))[start:stop], [len(piece) for piece in pieces]
 
 
 def plain_run() -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -91,18 +102,18 @@ def run_steps(
 ) -> None:
     """Train, from a state if one is named, and save results and the middle state."""
     state = TrainState(**torch.load(f"{folder}/{start}.state")) if start else None
-    engine = Engine(model(), OPTIMIZER, EngineRecipe(stage, precision), torch.device("cpu"), state)
+    engine = Engine(OBJECTIVE, OPTIMIZER, EngineRecipe(stage, precision), torch.device("cpu"), state)
     results, states = [], {}
     for step in range(engine.step_count, STEPS):
-        result = engine.step(*share(step, rank, world_size, stage >= 2), lr_factor(step), tell=[rank, step + 0.5])
-        assert result.told == [[other, step + 0.5] for other in range(world_size)]
+        result = engine.step(*share(step, rank, world_size, stage >= 2), lr_factor(step), gather=[rank, step + 0.5])
+        assert result.gathered == [[other, step + 0.5] for other in range(world_size)]
         assert result.micro_batch_limit is None
         results.append((result.loss, result.grad_norm))
         if state is None and engine.step_count in (1, MIDDLE):
             states[engine.step_count] = engine.state()
     batch, sizes = share(99, rank, world_size, equal=True)
-    pieces = zip(*(value.split(sizes) for value in batch.values()), strict=True)
-    loss, tokens = engine.evaluate(dict(zip(batch, piece, strict=True)) for piece in pieces)
+    ends = list(accumulate(sizes))
+    loss, tokens = engine.evaluate(batch[end - size : end] for size, end in zip(sizes, ends, strict=True))
     engine.close()
     if rank == 0:
         found = {"steps": results, "evaluation": (loss, tokens)}

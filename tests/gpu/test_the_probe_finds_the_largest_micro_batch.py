@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from doge.model.configuration import ModelRecipe
-from doge.model.modeling import build_model
 from doge.training.engine import Engine, EngineRecipe
-from doge.training.micro_batch import fits, probe_micro_batch
+from doge.training.memory import fits
+from doge.training.micro_batch import probe_micro_batch
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -43,14 +45,14 @@ def pretended_memory(monkeypatch):
 
 
 def build(preset: str, stage: int = 1) -> Engine:
-    torch.manual_seed(0)
     recipe = EngineRecipe(stage, "auto")
-    return Engine(build_model(ModelRecipe(preset).build()), OptimizerRecipe(), recipe, torch.device("cuda", 0))
+    return Engine(NextTokenPrediction(ModelRecipe(preset)), OptimizerRecipe(), recipe, torch.device("cuda", 0))
 
 
-def share(sequences: int) -> dict[str, torch.Tensor]:
+def share(sequences: int) -> TensorBatch:
     tokens = torch.randint(0, 32768, (sequences, LENGTH), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(LENGTH).expand(sequences, -1)}
+    positions = torch.arange(LENGTH).expand(sequences, -1)
+    return TensorBatch({"input_ids": tokens, "labels": tokens, "position_ids": positions})
 
 
 @pytest.mark.parametrize("preset", ["Doge-160M", "Doge-320M"])
@@ -93,8 +95,8 @@ def test_a_step_that_runs_out_of_memory_is_repeated_and_the_same(preset, pretend
     assert disturbed.micro_batch_limit is not None
     assert disturbed.micro_batch_limit < too_large
     engine.close()
-    model = build_model(ModelRecipe(preset).build())
-    twin = Engine(model, OptimizerRecipe(), EngineRecipe(1, "auto"), torch.device("cuda", 0), replace(state))
+    objective = NextTokenPrediction(ModelRecipe(preset))
+    twin = Engine(objective, OptimizerRecipe(), EngineRecipe(1, "auto"), torch.device("cuda", 0), replace(state))
     limit = disturbed.micro_batch_limit
     sizes = [min(limit, too_large - start) for start in range(0, too_large, limit)]
     expected = twin.step(batch, sizes, 1.0)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
-from doge.model.modeling import build_model
 from doge.training import process_group
 from doge.training.engine import Engine, EngineRecipe
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 
 LENGTH, VOCABULARY = 48, 64
@@ -19,24 +21,24 @@ MODEL = ModelRecipe(
 @pytest.fixture
 def group():
     process_group.leave()  # what a test before may have left of DeepSpeed's
-    process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), torch.device("cpu"))
+    process_group.join(0, 1, 0, free_address("127.0.0.1"), torch.device("cpu"))
     yield
     process_group.leave()
 
 
-def batch_of(step: int) -> dict[str, torch.Tensor]:
+def batch_of(step: int) -> TensorBatch:
     """Five rows, each packed of two documents."""
     tokens = torch.randint(0, VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(step))
     positions = torch.arange(LENGTH).expand(5, -1) % 30
-    return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
+    labels = tokens.masked_fill(positions == 0, -100)
+    return TensorBatch({"input_ids": tokens, "labels": labels, "position_ids": positions})
 
 
 def test_a_compiled_engine_makes_the_same_steps(group):
     results = []
     for compile in ("off", "on"):
-        torch.manual_seed(0)
         recipe = EngineRecipe(1, "fp32", compile)
-        engine = Engine(build_model(MODEL.build()), OptimizerRecipe(lr=5e-3), recipe, torch.device("cpu"))
+        engine = Engine(NextTokenPrediction(MODEL), OptimizerRecipe(lr=5e-3), recipe, torch.device("cpu"))
         assert engine.compiled == (compile == "on")
         results.append([engine.step(batch_of(step), [3, 2], 1.0) for step in range(2)])
         names = list(engine.state().parameters)

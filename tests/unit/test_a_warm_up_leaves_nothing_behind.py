@@ -5,10 +5,12 @@ import multiprocessing
 import torch
 import torch.distributed as dist
 
+from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
-from doge.model.modeling import build_model
 from doge.training import process_group
 from doge.training.engine import Engine, EngineRecipe
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.warm_up import warm_up
 
@@ -18,11 +20,11 @@ STAGES = (1, 3)
 
 
 def losses(recipe: EngineRecipe) -> list[float]:
-    process_group.join(0, 1, 0, process_group.free_address("127.0.0.1"), CPU)
-    torch.manual_seed(1)
-    engine = Engine(build_model(MODEL.build()), OptimizerRecipe(), recipe, CPU)
+    process_group.join(0, 1, 0, free_address("127.0.0.1"), CPU)
+    engine = Engine(NextTokenPrediction(MODEL, seed=1), OptimizerRecipe(), recipe, CPU)
     tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(2))
-    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(32).expand(2, -1)}
+    positions = torch.arange(32).expand(2, -1)
+    batch = TensorBatch({"input_ids": tokens, "labels": tokens, "position_ids": positions})
     made = [engine.step(batch, [2], 1.0).loss for _ in range(3)]
     engine.close()
     process_group.leave()
@@ -34,7 +36,7 @@ def before_and_after(results) -> None:
     for stage in STAGES:
         recipe = EngineRecipe(zero_stage=stage, precision="fp32")
         before = losses(recipe)
-        warm_up(MODEL, OptimizerRecipe(), recipe, CPU)
+        warm_up(OptimizerRecipe(), recipe, CPU)
         results.put((before, dist.is_initialized(), losses(recipe)))
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from doge.common.errors import UserError
-from doge.training.optimizer import OptimizerRecipe, SchedulerRecipe
+from doge.training.optimizer import OptimizerRecipe
+from doge.training.schedule import SchedulerRecipe
 
 
 def test_warmup_stable_and_decay():

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doge.common.storage import Storage
-from doge.training.micro_batch import MicroBatchCache, find_micro_batch, fits, is_out_of_memory, probe_micro_batch
+from doge.training.memory import fits, is_out_of_memory
+from doge.training.micro_batch import find_micro_batch, probe_micro_batch
+from doge.training.micro_batch_cache import MicroBatchCache
 
 CIRCUMSTANCES = {"device": "NVIDIA GeForce RTX 4090", "sequence_length": 2048, "zero_stage": 1}
 

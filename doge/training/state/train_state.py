@@ -3,7 +3,7 @@
 So it can be carried between engines of any size and ZeRO stage, with no tool in between.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainState:
     """What a run is, apart from its recipe: copies in host memory, complete on rank 0.
 
-    ``parameters`` and each of ``moments`` map parameter names to fp32 tensors; ``step`` counts updates made.
+    ``parameters`` and each of ``moments`` map parameter names to fp32 tensors; ``step`` counts updates made. Frozen
+    parameters are among the parameters as they are, and have no moments.
     """
 
     step: int
@@ -46,11 +47,34 @@ def _shape(shape: torch.Size | None) -> str:
     return "missing" if shape is None else "×".join(map(str, shape))
 
 
-def gather(engine: "DeepSpeedEngine", step: int) -> TrainState | None:
-    """The full state as copies in host memory on rank 0, None elsewhere; every rank must call it."""
+def freeze(model: torch.nn.Module, trainable: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """Stop training the parameters whose names are not ``trainable``.
+
+    Returns:
+        The frozen ones by name, in fp32 as they are: a model in bf16 would give them back rounded.
+
+    Raises:
+        UserError: nothing would be trained.
+    """
+    frozen = {}
+    for name, parameter in model.named_parameters():
+        if not trainable(name):
+            parameter.requires_grad_(False)
+            frozen[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("All parameters of the model are frozen: name some that are trained.")
+    return frozen
+
+
+def gather_state(engine: "DeepSpeedEngine", step: int, frozen: Mapping[str, torch.Tensor]) -> TrainState | None:
+    """The full state as copies in host memory on rank 0, None elsewhere; every rank must call it.
+
+    Args:
+        frozen: the parameters that are not trained, as `freeze` gave them.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    state = TrainState(step, {}, {moment: {} for moment in MOMENTS})
+    state = TrainState(step, dict(frozen), {moment: {} for moment in MOMENTS})
     for name, parameter in _named_parameters(engine):
         plain = _plain_state(engine, parameter)
         full = plain["parameter"] if plain else safe_get_full_fp32_param(parameter)
@@ -88,7 +112,11 @@ def restore(engine: "DeepSpeedEngine", state: TrainState) -> None:
 
     for name, parameter in _named_parameters(engine):
         weight = state.parameters[name].to(engine.device)
-        moments = {moment: state.moments[moment][name].to(engine.device) for moment in MOMENTS}
+        moments = {
+            # a parameter that was frozen until now has none
+            moment: state.moments[moment].get(name, torch.zeros(weight.shape)).to(engine.device)
+            for moment in MOMENTS
+        }
         if hasattr(parameter, "ds_id"):  # the full setters fail where a parameter does not divide by the ranks
             safe_set_local_fp32_param(parameter, _own_part(weight, parameter))
             for moment, value in moments.items():

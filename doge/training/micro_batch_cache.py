@@ -1,0 +1,69 @@
+"""Micro-batch sizes found before, and everything that decides them."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from doge.common.hardware import device_name
+from doge.common.storage import Storage
+
+if TYPE_CHECKING:
+    from doge.training.engine import Engine
+
+
+class MicroBatchCache:
+    """Micro-batches found before, one small JSON file for each set of circumstances.
+
+    Args:
+        storage: where, such as ``Storage(root) / "micro_batches"``; ranks may write at the same time.
+    """
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+
+    def get(self, circumstances: dict[str, Any], most: int) -> int | None:
+        """The micro-batch to take where at most ``most`` sequences are of use; None where it must be probed."""
+        try:
+            found = json.loads(self._storage.read_bytes(_file_name(circumstances)))
+            size, is_limit = int(found["micro_batch"]), bool(found["is_limit"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return min(size, most) if is_limit or most <= size else None
+
+    def put(self, circumstances: dict[str, Any], micro_batch: int, is_limit: bool) -> None:
+        """Remember a size.
+
+        Args:
+            is_limit: whether larger ones are known not to fit, and not only of no use to the one who probed.
+        """
+        content = {"micro_batch": micro_batch, "is_limit": is_limit} | circumstances
+        self._storage.write_bytes(_file_name(circumstances), json.dumps(content, indent=2).encode())
+
+
+def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[str, Any]:
+    """All that decides how large a micro-batch fits: the key of ``MicroBatchCache``."""
+    device, module = engine.device, engine.module
+    config = module.config.to_dict() if hasattr(module, "config") else repr(module)
+    is_gpu = device.type == "cuda"
+    return {
+        "device": device_name(device),
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if is_gpu else 0,
+        "model": _digest(config),  # the version of transformers included
+        "objective": type(engine.objective).__name__,
+        "sequence_length": sequence_length,
+        "precision": str(engine.dtype).removeprefix("torch."),
+        "compiled": engine.compiled,
+        "zero_stage": engine.zero_stage,
+        "world_size": engine.world_size if engine.zero_stage else 1,  # states are partitioned over it
+        "gradient_checkpointing": bool(getattr(module, "is_gradient_checkpointing", False)),
+    }
+
+
+def _file_name(circumstances: dict[str, Any]) -> str:
+    return f"{_digest(circumstances)}.json"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,65 @@
+"""Pretraining's objective: predict the next token of packed sequences."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from doge.model.configuration import ModelRecipe
+from doge.model.loss import IGNORE_INDEX
+from doge.model.modeling import DogeForCausalLM, build_model
+from doge.training.objective import Batch, LossSum, TensorBatch
+
+
+@dataclass(frozen=True)
+class NextTokenPrediction:
+    """Mean cross-entropy in nats over every label that counts; the unit is a packed sequence.
+
+    Args:
+        model: recipe of the model.
+        seed: seed of the initial weights.
+        gradient_checkpointing: trade a third more computation for activation memory.
+        trainable_parameters: regular expression; parameters whose name it finds nothing in are frozen.
+    """
+
+    model: ModelRecipe
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    trainable_parameters: str = ""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        return ()
+
+    def build(self) -> DogeForCausalLM:
+        torch.manual_seed(self.seed)
+        model = build_model(self.model.build())
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def trainable(self, name: str) -> bool:
+        return re.search(self.trainable_parameters, name) is not None
+
+    def prepare(self, model: torch.nn.Module, units: Any, seeds: Iterable[int]) -> TensorBatch:
+        """Make packed sequences the model's inputs, each ``(sequences, sequence_length)``."""
+        arrays = {"input_ids": units.tokens, "position_ids": units.position_ids, "labels": units.labels}
+        return TensorBatch({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def weight(self, batch: Batch) -> int:
+        """The labels that count: the first of a row is never predicted."""
+        return int((batch.tensors["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
+        return LossSum(model(**batch.tensors, use_cache=False, reduction="sum").loss)
+
+    def rehearsal(self, units: int, length: int) -> TensorBatch:
+        tokens = torch.randint(self.model.build().vocab_size, (units, length))
+        positions = torch.arange(length).expand(units, -1)
+        return TensorBatch({"input_ids": tokens, "labels": tokens, "position_ids": positions})
+
+    def empty(self) -> TensorBatch:
+        row = torch.arange(2)[None]
+        return TensorBatch({"input_ids": row * 0, "labels": row * 0 + IGNORE_INDEX, "position_ids": row})

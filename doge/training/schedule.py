@@ -1,0 +1,33 @@
+"""The learning rate's schedule: a pure function of the step."""
+
+from dataclasses import dataclass
+
+from doge.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class SchedulerRecipe:
+    """``warmup_stable_decay``: a pure function of the step, so that the stable phase can be left at any checkpoint."""
+
+    warmup_steps: int = 800
+    decay_steps: int = 800
+    """Length in steps of the linear decay to zero that ends the run."""
+
+    def check(self, max_steps: int) -> None:
+        if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > max_steps:
+            raise UserError(
+                f"lr_scheduler.warmup_steps ({self.warmup_steps}) and lr_scheduler.decay_steps ({self.decay_steps}) "
+                f"must not be negative, nor together exceed training.max_steps ({max_steps})."
+            )
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """What the peak learning rate is multiplied by in ``step`` (0-based)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if step >= max_steps - self.decay_steps:
+            return max(0.0, (max_steps - step) / (self.decay_steps + 1))
+        return 1.0
+
+    def is_stable(self, step: int, max_steps: int) -> bool:
+        """Whether ``step`` runs at the peak learning rate."""
+        return self.warmup_steps <= step < max_steps - self.decay_steps
