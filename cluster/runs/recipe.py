@@ -6,7 +6,7 @@ from math import inf
 from typing import Literal
 
 from cluster.accounts.ledger import LedgerRecipe
-from data_pipelines.sources.files import DataRecipe
+from data_pipelines.sources.recipe import DataRecipe
 from doge.common.config_tree import flatten
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe, num_parameters

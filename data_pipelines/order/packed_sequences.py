@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.feed import ReadAhead
 from data_pipelines.order.order import NotReady, Sample
-from data_pipelines.order.plan import Catalog, load_plan
+from data_pipelines.order.plan import load_plan
 from data_pipelines.tokenizing.packing import model_inputs
 from data_pipelines.tokenizing.shards import Damaged, OpenShard, open_shard, shard_name
 from doge.common.errors import UserError

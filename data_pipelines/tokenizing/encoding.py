@@ -1,18 +1,19 @@
 """Documents to token ids: the whole cost of preparing text.
 
-gigatoken encodes byte-level BPE some fifty times faster a core than `tokenizers`, and hands on arrays. It is trusted
-only as far as it agrees: each call, that is each part of a file, compares a sample of its documents and falls back at
-the first difference, as it does where gigatoken is not there or cannot read the tokenizer.
+gigatoken encodes byte-level BPE about fifty times faster per core than `tokenizers`, and returns arrays. It is trusted
+only as far as it agrees: each call, that is each part of a file, compares a sample of its documents, and uses
+`tokenizers` after the first difference, as it does where gigatoken is not installed or cannot read the tokenizer.
 """
 
 import json
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipelines.formats.base import Document, Message
 from data_pipelines.tokenizing.packing import Ragged, token_dtype
 
 if TYPE_CHECKING:
@@ -24,17 +25,20 @@ SAMPLE, SAMPLE_CHARACTERS = 32, 1000  # pieces of documents that are compared, a
 _log = logging.getLogger(__name__)
 
 
-def tokenize(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[str | tuple[str, str]]) -> Ragged:
-    """Token ids of documents, each from BOS (if there is one) to EOS; nothing of a document without text.
+def tokenize(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> Ragged:
+    """Encode documents, each from BOS (if there is one) to EOS; a document without text has no tokens.
 
-    A (prompt, text) pair goes through the chat template, which brings both. In plain text, what looks like a special
-    token is text. All documents are of one kind.
+    The chat template puts both around a conversation. What looks like a special token in plain text is encoded as text.
+    All documents are of one kind.
     """
     dtype = token_dtype(len(tokenizer))
-    if documents and isinstance(documents[0], tuple):
-        encoded = _encode(tokenizer, [_render(tokenizer, *turns) for turns in documents], special=True)
-        return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths)
-    return _enclose(_encode(tokenizer, documents, special=False), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) == len(documents):
+        encoded = _encode(tokenizer, texts, special=False)
+        return _enclose(encoded, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+    rendered = [_render(tokenizer, document) for document in documents if not isinstance(document, str)]
+    encoded = _encode(tokenizer, rendered, special=True)
+    return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths)
 
 
 def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsignedinteger]) -> Ragged:
@@ -54,28 +58,27 @@ def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsign
     return Ragged(values, lengths)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", prompt: str, text: str) -> str:
-    if not prompt and not text:
+def _render(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...]) -> str:
+    if not any(message.content for message in conversation):
         return ""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    return str(tokenizer.apply_chat_template([message._asdict() for message in conversation], tokenize=False))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> Ragged:
-    """Ids of each text; ``special`` says whether the text of a special token becomes that token."""
+    """Encode each text; ``special`` says whether the text of a special token becomes that token."""
     fast = _gigatoken(tokenizer, special) if texts else None
     if fast is not None:
         try:
             if _agree(fast, tokenizer, texts, special):
                 return _with_gigatoken(fast, texts)
-            _say("gigatoken does not agree with tokenizers: such files are encoded without it, more slowly.")
-        except Exception as error:  # whatever it stumbles over
-            _say(f"gigatoken failed ({type(error).__name__}: {error}): such files are encoded without it, more slowly.")
+            _say("gigatoken does not agree with tokenizers: this file is encoded without it, more slowly.")
+        except Exception as error:  # it documents none
+            _say(f"gigatoken failed ({type(error).__name__}: {error}): this file is encoded without it, more slowly.")
     return _with_tokenizers(tokenizer, texts, special)
 
 
-def _agree(fast, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> bool:
-    """Whether both give the same ids for a sample: a piece each of documents all over, ever farther on in them."""
+def _agree(fast: Any, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> bool:
+    """Compare the ids of a sample: one piece each of documents from the first to the last, ever later in them."""
     chosen = [texts[at * len(texts) // SAMPLE] for at in range(SAMPLE)]
     starts = [max(0, len(text) - SAMPLE_CHARACTERS) * at // (SAMPLE - 1) for at, text in enumerate(chosen)]
     sample = [text[start : start + SAMPLE_CHARACTERS] for text, start in zip(chosen, starts, strict=True)]
@@ -83,7 +86,7 @@ def _agree(fast, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], spe
     return np.array_equal(theirs.lengths, ours.lengths) and np.array_equal(theirs.values, ours.values)
 
 
-def _with_gigatoken(fast, texts: Sequence[str]) -> Ragged:
+def _with_gigatoken(fast: Any, texts: Sequence[str]) -> Ragged:
     layout = fast.encode_batch(list(texts), parallel=False).layout  # awkward's: one array of all ids, one of offsets
     offsets = np.asarray(layout.offsets.data)
     return Ragged(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
@@ -100,8 +103,8 @@ def _with_tokenizers(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str],
 
 
 @lru_cache(maxsize=4)
-def _gigatoken(tokenizer: "PreTrainedTokenizerFast", special: bool):
-    """gigatoken's reading of a tokenizer; None where it is not installed or cannot read it."""
+def _gigatoken(tokenizer: "PreTrainedTokenizerFast", special: bool) -> Any:
+    """Open a tokenizer with gigatoken; None where that is not installed or cannot read it."""
     try:
         from gigatoken import Tokenizer
 
@@ -112,11 +115,11 @@ def _gigatoken(tokenizer: "PreTrainedTokenizerFast", special: bool):
     except ImportError:
         return None
     except Exception as error:  # a layout it does not know
-        _say(f"gigatoken cannot read this tokenizer ({error}): going on without it, more slowly.")
+        _say(f"gigatoken cannot read this tokenizer ({error}): files are encoded without it, more slowly.")
         return None
 
 
 @lru_cache(maxsize=64)
 def _say(message: str) -> None:
-    """Warn once a process."""
+    """Warn once per process."""
     _log.warning(message)

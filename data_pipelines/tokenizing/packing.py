@@ -1,6 +1,6 @@
-"""Documents to rows of ``sequence_length`` tokens, and rows to what the model is fed."""
+"""Documents to rows of ``sequence_length`` tokens, and rows to the model's inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +8,8 @@ import numpy as np
 IGNORE_INDEX = -100  # the label that transformers' losses skip
 
 
-class Ragged(Sequence[np.ndarray]):
-    """Arrays of different lengths, laid end to end in one; item *i* is a view.
+class Ragged:
+    """Arrays of different lengths in one array, end to end; item *i* is a view.
 
     Args:
         values: (sum of lengths,).
@@ -27,9 +27,12 @@ class Ragged(Sequence[np.ndarray]):
         end = self._ends[item]
         return self.values[end - self.lengths[item] : end]
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[item] for item in range(len(self)))
 
-def ragged(arrays: Sequence[np.ndarray]) -> Ragged:
-    """The arrays of any sequence laid end to end; a Ragged as it is."""
+
+def ragged(arrays: Sequence[np.ndarray] | Ragged) -> Ragged:
+    """Put arrays end to end; a Ragged is returned as it is."""
     if isinstance(arrays, Ragged):
         return arrays
     lengths = np.fromiter((len(array) for array in arrays), np.int64, len(arrays))
@@ -42,7 +45,7 @@ class Packed(NamedTuple):
     Attributes:
         tokens: (rows, sequence_length) uint16, or uint32 for a vocabulary above 65,536.
         starts: (segments,) int32, columns at which a segment starts, row after row; a row always starts one.
-        offsets: (rows + 1,) int32, row r's starts are ``starts[offsets[r]:offsets[r + 1]]``.
+        offsets: (rows + 1,) int32; ``starts[offsets[r]:offsets[r + 1]]`` belong to row r.
         length: tokens of all rows without the padding that fills the last one.
     """
 
@@ -52,15 +55,27 @@ class Packed(NamedTuple):
     length: int
 
 
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type that holds all ids of a vocabulary."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def pack(documents: Sequence[np.ndarray], sequence_length: int, pad_id: int, dtype=np.uint16) -> Packed:
-    """Cut the stream of the documents' tokens into rows; of a Ragged without a look at any single document.
+def pack(
+    documents: Sequence[np.ndarray] | Ragged,
+    sequence_length: int,
+    pad_id: int,
+    dtype: type[np.unsignedinteger] = np.uint16,
+) -> Packed:
+    """Cut the stream of the documents' tokens into rows.
 
-    No token is lost. A document cut by a row's end goes on as a new segment of the next row; the padding at the end of
-    the last row is a segment of its own.
+    No token is lost. A document that a row's end cuts continues as a new segment of the next row; the padding at the
+    end of the last row is a segment of its own.
+
+    Args:
+        documents: token ids of each document; a Ragged is packed without a loop over its documents.
+        sequence_length: tokens of a row.
+        pad_id: id that fills the last row.
+        dtype: type of the packed ids.
     """
     documents = ragged(documents)
     lengths = documents.lengths[documents.lengths > 0]
@@ -80,7 +95,7 @@ def pack(documents: Sequence[np.ndarray], sequence_length: int, pad_id: int, dty
 
 
 def model_inputs(tokens: np.ndarray, starts: list[np.ndarray], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position ids and labels of packed rows.
+    """Make the position ids and labels of packed rows.
 
     Args:
         tokens: (n, sequence_length).
