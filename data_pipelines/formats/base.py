@@ -28,10 +28,11 @@ Row = Mapping[str, Any]
 
 
 class Message(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation; the model is not trained to predict the tokens of an untrained one."""
 
     role: str
     content: str
+    trained: bool = True
 
 
 Document = str | tuple[Message, ...]  # plain text, or a conversation that the chat template renders

@@ -7,14 +7,15 @@ only as far as it agrees: each call, that is each part of a file, compares a sam
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipelines.formats.base import Document, Message
-from data_pipelines.tokenizing.packing import Ragged, token_dtype
+from data_pipelines.tokenizing.packing import Ragged, ragged, token_dtype
+from doge.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,15 +31,57 @@ def tokenize(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]
 
     The chat template puts both around a conversation. What looks like a special token in plain text is encoded as text.
     All documents are of one kind.
+
+    Raises:
+        UserError: a conversation has untrained messages, which cannot be told apart in what the chat template makes.
     """
     dtype = token_dtype(len(tokenizer))
     texts = [document for document in documents if isinstance(document, str)]
     if len(texts) == len(documents):
         encoded = _encode(tokenizer, texts, special=False)
         return _enclose(encoded, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
-    rendered = [_render(tokenizer, document) for document in documents if not isinstance(document, str)]
-    encoded = _encode(tokenizer, rendered, special=True)
+    conversations = [document for document in documents if not isinstance(document, str)]
+    if not all(message.trained for conversation in conversations for message in conversation):
+        return _encode_partly_trained(tokenizer, conversations, dtype)
+    encoded = _encode(tokenizer, [_render(tokenizer, conversation) for conversation in conversations], special=True)
     return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths)
+
+
+def _encode_partly_trained(
+    tokenizer: "PreTrainedTokenizerFast",
+    conversations: Sequence[tuple[Message, ...]],
+    dtype: type[np.unsignedinteger],
+) -> Ragged:
+    """Encode conversations with the mask of the tokens that lie in trained messages; needs offsets, so slower."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False
+    ids, trained = [], [np.empty(0, bool)]
+    for conversation in conversations:
+        encoding = backend.encode(_render(tokenizer, conversation), add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        ids.append(np.array(encoding.ids, dtype))
+        trained.append(np.zeros(len(starts), bool))
+        for begin, end in _trained_spans(tokenizer, conversation):
+            trained[-1] |= (begin <= starts) & (starts < end)
+    encoded = ragged(ids)
+    return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths, np.concatenate(trained))
+
+
+def _trained_spans(
+    tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...]
+) -> Iterator[tuple[int, int]]:
+    """Where the trained messages lie in the rendered text; an answer begins after the header that prompts for it."""
+    whole = _render(tokenizer, conversation)
+    for at, message in enumerate(conversation):
+        if message.trained and whole:
+            before = _render(tokenizer, conversation[:at], prompt=message.role == "assistant")
+            after = _render(tokenizer, conversation[: at + 1])
+            if not (whole.startswith(before) and whole.startswith(after)):
+                raise UserError(
+                    "The tokenizer's chat template renders a message otherwise when others follow it, so the tokens "
+                    "of untrained messages cannot be told: set --tokenizer.path to another tokenizer."
+                )
+            yield len(before), len(after)
 
 
 def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsignedinteger]) -> Ragged:
@@ -58,10 +101,11 @@ def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsign
     return Ragged(values, lengths)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...]) -> str:
+def _render(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...], prompt: bool = False) -> str:
     if not any(message.content for message in conversation):
         return ""
-    return str(tokenizer.apply_chat_template([message._asdict() for message in conversation], tokenize=False))
+    turns = [{"role": message.role, "content": message.content} for message in conversation]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool) -> Ragged:

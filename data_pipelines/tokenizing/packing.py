@@ -14,10 +14,11 @@ class Ragged:
     Args:
         values: (sum of lengths,).
         lengths: (items,) int64.
+        trained: (sum of lengths,) bool, False for tokens that are not predicted; None if all are.
     """
 
-    def __init__(self, values: np.ndarray, lengths: np.ndarray):
-        self.values, self.lengths = values, lengths
+    def __init__(self, values: np.ndarray, lengths: np.ndarray, trained: np.ndarray | None = None):
+        self.values, self.lengths, self.trained = values, lengths, trained
         self._ends = np.cumsum(lengths)
 
     def __len__(self) -> int:
@@ -47,12 +48,14 @@ class Packed(NamedTuple):
         starts: (segments,) int32, columns at which a segment starts, row after row; a row always starts one.
         offsets: (rows + 1,) int32; ``starts[offsets[r]:offsets[r + 1]]`` belong to row r.
         length: tokens of all rows without the padding that fills the last one.
+        trained: (rows, sequence_length) uint8, 0 for tokens that are not predicted; None if all are.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
     length: int
+    trained: np.ndarray | None = None
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -86,31 +89,42 @@ def pack(
     row_starts = np.arange(rows) * sequence_length
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, row_starts, [length]]))
     starts = starts[starts < len(stream)]
+    trained = None
+    if documents.trained is not None:
+        trained = np.zeros((rows, sequence_length), np.uint8)
+        trained.ravel()[:length] = documents.trained
     return Packed(
         tokens=stream.reshape(rows, sequence_length),
         starts=(starts % sequence_length).astype(np.int32),
         offsets=np.searchsorted(starts, np.append(row_starts, len(stream))).astype(np.int32),
         length=length,
+        trained=trained,
     )
 
 
-def model_inputs(tokens: np.ndarray, starts: list[np.ndarray], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def model_inputs(
+    tokens: np.ndarray, starts: list[np.ndarray], lengths: np.ndarray, trained: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Make the position ids and labels of packed rows.
 
     Args:
         tokens: (n, sequence_length).
         starts: for each row, the columns at which its segments start.
         lengths: (n,) tokens of each row before padding.
+        trained: (n, sequence_length), 0 for tokens that are not predicted; None if all are.
 
     Returns:
         ``position_ids`` (n, sequence_length) int64, 0 at every segment's first token, and ``labels`` (n,
         sequence_length) int64, the tokens themselves (the model shifts them) with `IGNORE_INDEX` at every segment's
-        first token, which nothing before it may predict, and at padding.
+        first token, which nothing before it may predict, at untrained tokens and at padding.
     """
     columns = np.arange(tokens.shape[1])
     first = np.zeros(tokens.shape, bool)
     for row, columns_of_row in enumerate(starts):
         first[row, columns_of_row] = True
     position_ids = columns - np.maximum.accumulate(np.where(first, columns, 0), axis=1)
-    labels = np.where(first | (columns >= lengths[:, None]), IGNORE_INDEX, tokens.astype(np.int64))
+    ignored = first | (columns >= lengths[:, None])
+    if trained is not None:
+        ignored |= trained == 0
+    labels = np.where(ignored, IGNORE_INDEX, tokens.astype(np.int64))
     return position_ids, labels

@@ -4,7 +4,8 @@ A shard is addressed by a key, the hash of (content of the input file, format, t
 holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)`` of the file.
 
     shards/KEY/00003.arrow   one Arrow record batch, uncompressed so that it can be memory-mapped:
-                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>
+                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>;
+                             trained: fixed_size_list<uint8>[sequence_length], if some tokens are not predicted
     shards/KEY/00003.json    the commit record, written after it
 """
 
@@ -145,7 +146,10 @@ def write_arrow(path: str, packed: Packed) -> None:
 
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(packed.tokens.ravel()), packed.tokens.shape[1])
     starts = pa.ListArray.from_arrays(pa.array(packed.offsets), pa.array(packed.starts))
-    batch = pa.record_batch([tokens, starts], names=["tokens", "starts"])
+    columns = {"tokens": tokens, "starts": starts}
+    if packed.trained is not None:
+        columns["trained"] = pa.FixedSizeListArray.from_arrays(pa.array(packed.trained.ravel()), tokens.type.list_size)
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
 
@@ -157,12 +161,14 @@ class OpenShard(NamedTuple):
     starts: np.ndarray
     offsets: np.ndarray
     length: int
+    trained: np.ndarray | None
 
-    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return (tokens, segment starts, number of tokens before padding) of one sequence."""
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        """Return (tokens, segment starts, number of tokens before padding, trained or None) of one sequence."""
         starts = self.starts[self.offsets[row] : self.offsets[row + 1]]
         width = self.tokens.shape[1]
-        return self.tokens[row], starts, min(width, self.length - row * width)
+        trained = None if self.trained is None else self.trained[row]
+        return self.tokens[row], starts, min(width, self.length - row * width), trained
 
 
 class Damaged(Exception):
@@ -181,9 +187,13 @@ def open_shard(path: str, record: ShardRecord) -> OpenShard:
         raise Damaged(path) from error
     tokens, starts = batch.column("tokens"), batch.column("starts")
     width = tokens.type.list_size
+    trained = None
+    if "trained" in batch.schema.names:
+        trained = batch.column("trained").flatten().to_numpy().reshape(-1, width)
     return OpenShard(
         tokens=tokens.flatten().to_numpy().reshape(-1, width),
         starts=starts.values.to_numpy(),
         offsets=starts.offsets.to_numpy(),
         length=record.tokens,
+        trained=trained,
     )

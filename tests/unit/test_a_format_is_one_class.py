@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 
-from data_pipelines.formats.base import FORMATS, Row, RowError, register, texts
+from data_pipelines.formats.base import FORMATS, Message, Row, RowError, register, texts
 from data_pipelines.order.packed_sequences import PackedSequences
 from data_pipelines.order.plan import load_plan, make_plan
 from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
@@ -67,6 +67,40 @@ def test_a_source_of_a_new_format_is_prepared_and_read(tmp_path):
     feed = PackedSequences(storage, plan.fingerprint)
     decoded = load_plan(storage, plan.fingerprint).open_tokenizer(storage).decode(feed.read(0, 30).tokens.ravel())
     assert any(f"Chapter {number}\n\nIt counts {number}. It" in decoded for number in range(20))
+
+
+def test_untrained_messages_of_a_format_are_read_but_never_predicted(tmp_path):
+    @register("chat")
+    @dataclass(frozen=True)
+    class Chat:
+        conversations: ClassVar[bool] = True
+        columns: ClassVar[list[str]] = ["messages"]
+
+        def documents(self, rows: Sequence[Row]) -> list[tuple[Message, ...]]:
+            return [
+                tuple(Message(role, content, trained=role == "assistant") for role, content in row["messages"])
+                for row in rows
+            ]
+
+    rows = [
+        {"messages": [("user", f"What is {number}?"), ("assistant", f"A naïve {number}."), ("user", "Sure?"),
+                      ("assistant", "Yes.")][: 2 + number % 3]}
+        for number in range(12)
+    ]  # fmt: skip
+    storage = Storage(str(tmp_path / "store"))
+    recipe = replace(recipe_of(tmp_path, rows, format="chat"), sequence_length=2048, held_out_sequences=0)
+    plan, record = prepared(recipe, storage)
+    (sequence,) = PackedSequences(storage, plan.fingerprint).read(0, 1).tokens
+    (labels,) = PackedSequences(storage, plan.fingerprint).read(0, 1).labels
+    tokenizer, ids, masks = plan.open_tokenizer(storage), [], []
+    for row in rows:
+        turns = [{"role": role, "content": content} for role, content in row["messages"]]
+        encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        ids += encoded["input_ids"]
+        masks += encoded["assistant_masks"]
+    assert sequence[: record.tokens].tolist() == ids
+    assert labels[: record.tokens].tolist() == [token if mask else -100 for token, mask in zip(ids, masks, strict=True)]
+    assert set(labels[record.tokens :]) == {-100}
 
 
 def test_other_options_are_other_shards(tmp_path):
