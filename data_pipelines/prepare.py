@@ -1,7 +1,7 @@
-"""Prepare a plan's shards with Ray Data: one task reads, tokenizes, packs and writes a shard and hands on its record.
+"""Prepare a plan's shards with Ray Data: one task reads, tokenizes, packs and writes a shard and returns its record.
 
-Shards are made in the order in which training needs them and only as many as it needs; committed ones are skipped, so
-a preparation that was stopped goes on where it was. Runs beside training, in a thread of its driver.
+Shards are made in the order in which training needs them, and only as many as it needs. Committed ones are skipped, so
+a stopped preparation resumes where it was. It runs beside training, in a thread of the driver.
 """
 
 import logging
@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from math import ceil, inf
 from typing import Any
 
+from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.order import NotReady, Order, SourceOrder
-from data_pipelines.order.plan import Catalog, Plan
+from data_pipelines.order.plan import Plan
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 
-SHARDS_PER_ROUND = 16  # for each that is made at a time
+SHARDS_PER_ROUND = 16  # times the shards that are made at the same time
 SAVE_INTERVAL = 30.0  # seconds between two snapshots of the catalog
 
 Address = tuple[str, int, int]  # (source, file, part)
@@ -30,11 +31,11 @@ class Progress:
     """How far a preparation is.
 
     Args:
-        fraction: of what is needed, in 0..1, with what earlier runs prepared.
-        documents: prepared by this run.
-        tokens: prepared by this run.
-        seconds: since this run started.
-        eta_seconds: until all that is needed is there; None while unknown.
+        fraction: prepared part of what is needed, in 0..1, with what earlier runs prepared.
+        documents: documents that this run prepared.
+        tokens: tokens that this run prepared.
+        seconds: time since this run started.
+        eta_seconds: estimated time until everything needed is prepared; None while unknown.
     """
 
     fraction: float
@@ -45,6 +46,7 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens that this run prepared per second."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
@@ -65,14 +67,14 @@ def prepare(
     """Commit the shards that the held-out set and the first ``training_sequences`` training sequences need.
 
     Args:
-        plan: committed in ``storage``.
-        storage: for the shards.
+        plan: plan that is committed in ``storage``.
+        storage: storage that the shards are written to.
         training_sequences: ``max_steps * global_batch_size``; None prepares every file.
-        on_progress: is called after every shard.
-        should_stop: is asked after every shard; True ends the preparation early.
+        on_progress: called after every shard.
+        should_stop: called after every shard; True ends the preparation early.
 
     Raises:
-        UserError: a file cannot be read (named), or the disk is full. Readers that wait are told too.
+        UserError: a file cannot be read (the message names it), or the disk is full. Waiting readers raise it too.
     """
     failure = f"plans/{plan.fingerprint}.failed"
     storage.delete(failure)
@@ -86,14 +88,18 @@ def prepare(
 def missing_shards(
     plan: Plan, order: Order, catalog: Catalog, needed: dict[str, float], limit: int, beyond: set[Address]
 ) -> list[Address]:
-    """Up to ``limit`` shards to make next, those that training needs first in front; none when all is there.
+    """Choose up to ``limit`` shards to make next, in the order in which training needs them; none when all exist.
 
-    How many sequences a shard will have and how many parts a file is estimated from the records so far; before the
-    first one of a source only its first group is wanted.
+    The sequences of a shard and the parts of a file are estimated from the records so far; before the first record of a
+    source only its first group is wanted.
 
     Args:
-        needed: sequences of each source.
-        beyond: addresses found to lie past the end of their file.
+        plan: the plan whose shards are made.
+        order: the order of the plan's sequences.
+        catalog: the plan's commit records.
+        needed: number of sequences needed of each source.
+        limit: the most shards to choose.
+        beyond: addresses past the end of their file.
     """
     wanted: list[tuple[float, Address]] = []
     for name, source in order.sources.items():
@@ -126,7 +132,7 @@ def _extend(source: SourceOrder, needed: float) -> None:
 def _groups_ahead(
     source: SourceOrder, parts_per_file: float, catalog: Catalog, beyond: set[Address]
 ) -> Iterator[list[Address]]:
-    """Shards of the next unknown group and of those that probably follow it."""
+    """The shards of the next unknown group and of the groups that probably follow it."""
     first = source.next_group
     stripes = [([file for file, _ in first], first[0][1])]
     stripes += [(list(files), 0) for files in source.following_stripes()]
@@ -178,13 +184,13 @@ class _Preparation:
         on_progress(progress)
         return progress
 
-    def _make(self, addresses: list[Address], tasks: int) -> Iterator[dict]:
+    def _make(self, addresses: list[Address], tasks: int) -> Iterator[dict[str, Any]]:
         import ray
         from ray.data import DataContext, TaskPoolStrategy
 
         plan, storage = self.plan, self.storage
 
-        def make(item: dict) -> dict:
+        def make(item: dict[str, Any]) -> dict[str, Any]:
             return _make_shard(storage, plan, **item)
 
         context = DataContext.get_current()
@@ -198,7 +204,7 @@ class _Preparation:
         )
         return iter(dataset.iter_rows())
 
-    def _take(self, result: dict) -> None:
+    def _take(self, result: dict[str, Any]) -> None:
         if result["error"]:
             raise UserError(result["error"])
         address = (result["source"], result["file"], result["part"])
@@ -208,7 +214,7 @@ class _Preparation:
         self.documents += result["documents"]
         self.tokens += result["tokens"]
         if result["skipped"]:
-            _log.warning("Left out: %s", result["skipped"])
+            _log.warning("A file is left out: %s", result["skipped"])
         self.catalog(*address)
 
     def _fraction(self) -> float:
@@ -240,11 +246,11 @@ def _cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-_tokenizers: dict[tuple[str, str], Any] = {}  # opened once a process
+_tokenizers: dict[tuple[str, str], Any] = {}  # opened once per process
 
 
-def _make_shard(storage: Storage, plan: Plan, source: str, file: int, part: int) -> dict:
-    """The body of a task. A UserError is returned, since Ray would wrap it in its own."""
+def _make_shard(storage: Storage, plan: Plan, source: str, file: int, part: int) -> dict[str, Any]:
+    """Run one task. A UserError is returned, since Ray would wrap it in its own error."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work
     address = {"source": source, "file": file, "part": part}
     empty = {"made": False, "error": "", "rows": 0, "tokens": 0, "documents": 0, "skipped": ""}

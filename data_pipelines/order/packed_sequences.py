@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.feed import ReadAhead
 from data_pipelines.order.order import NotReady, Sample
-from data_pipelines.order.plan import Catalog, load_plan
+from data_pipelines.order.plan import load_plan
 from data_pipelines.tokenizing.packing import model_inputs
 from data_pipelines.tokenizing.shards import Damaged, OpenShard, open_shard, shard_name
 from doge.common.errors import UserError
@@ -36,7 +37,7 @@ class Sequences:
     Args:
         tokens: token ids, padded at the end of a shard's last row.
         position_ids: 0 at the first token of every document, or piece of one.
-        labels: the tokens (the model shifts them), -100 at every first token and at padding.
+        labels: the tokens (the model shifts them), -100 at every first token, untrained token and padding.
         samples: where each sequence lies.
     """
 
@@ -155,14 +156,17 @@ class PackedSequences:
     def _load(self, samples: list[Sample]) -> Sequences:
         width = self.plan.recipe.sequence_length
         tokens = np.empty((len(samples), width), np.int64)
+        trained = np.ones((len(samples), width), np.uint8)
         lengths = np.empty(len(samples), np.int64)
         starts = []
         with self._lock:
             for at, sample in enumerate(samples):
                 shard = self._shard(sample.source, sample.file, sample.part)
-                tokens[at], starts_of_row, lengths[at] = shard.row(sample.row)
+                tokens[at], starts_of_row, lengths[at], trained_of_row = shard.row(sample.row)
+                if trained_of_row is not None:
+                    trained[at] = trained_of_row
                 starts.append(starts_of_row)
-        return Sequences(tokens, *model_inputs(tokens, starts, lengths), samples)
+        return Sequences(tokens, *model_inputs(tokens, starts, lengths, trained), samples)
 
     def _shard(self, source: str, file: int, part: int) -> OpenShard:
         address = (source, file, part)

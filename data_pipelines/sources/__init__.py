@@ -1,0 +1,1 @@
+"""Input files, their rows, and the recipe that names them."""

@@ -2,8 +2,8 @@
 
 Four virtual sources stand in for smollm-corpus: ``prose`` (the language reference's topics and the documentation in
 docstrings), ``conversation`` (docstring to function), ``code`` (whole modules) and ``arithmetic`` (generated). Modules
-are parsed, never imported. A virtual file is a run of modules, named ``python-installation://KIND/FROM-TO/MAX_BYTES``
-after its place in a list that depends only on what is installed.
+are parsed, never imported. A virtual file is a range of modules, named ``python-installation://KIND/FROM-TO/MAX_BYTES``
+by its place in a list that depends only on what is installed.
 """
 
 import ast
@@ -19,22 +19,28 @@ from pathlib import Path
 
 from doge.common.errors import UserError
 
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
 SCHEME = "python-installation://"
 PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "sklearn", "matplotlib", "ray", "pyarrow", "networkx")
 KINDS = ("prose", "conversation", "code", "arithmetic")
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "ensurepip", "test", "tests", "_vendor", "testing"}
-LARGEST_MODULE = 300_000  # bytes; above that a module is a table
+LARGEST_MODULE = 300_000  # bytes; a larger module is a table
 FILES = {"prose": 32, "conversation": 16, "code": 4, "arithmetic": 4}  # few shards are quick, large ones pad little
-YIELD = {"prose": 0.25, "conversation": 0.35, "code": 1.0}  # bytes of text a byte of source, roughly
-PROBLEMS = 20  # a document of arithmetic
-DOCUMENT_BYTES = 1200  # of those, roughly
+YIELD = {"prose": 0.25, "conversation": 0.35, "code": 1.0}  # bytes of text per byte of source, roughly
+PROBLEMS = 20  # in a document of arithmetic
+DOCUMENT_BYTES = 1200  # of a document of arithmetic, roughly
 
 
 def list_files(path: str, max_bytes: int) -> list[tuple[str, int, str]]:
-    """(path, size, identity) of a virtual source's files. Raises UserError for an unknown kind."""
+    """List the files of a virtual source as (path, size, identity).
+
+    Raises:
+        UserError: the kind is unknown, or ``max_bytes`` is not positive.
+    """
     kind = path.removeprefix(SCHEME).strip("/")
     if kind not in KINDS:
-        raise UserError(f"{path} is no source: write one of {', '.join(SCHEME + kind for kind in KINDS)}.")
+        raise UserError(f"There is no source {path}: write one of {', '.join(SCHEME + kind for kind in KINDS)}.")
     if max_bytes < 1:
         raise UserError(f"max_bytes of {path} must be positive, not {max_bytes}.")
     count = max(1, max_bytes // DOCUMENT_BYTES) if kind == "arithmetic" else len(_modules(kind, max_bytes))
@@ -44,7 +50,7 @@ def list_files(path: str, max_bytes: int) -> list[tuple[str, int, str]]:
 
 
 def identity(name: str) -> str:
-    """Hex sha256 of all that the file's rows depend on."""
+    """Hex sha256 of everything that the rows of a virtual file depend on."""
     kind, start, stop, max_bytes = _parse(name)
     if kind == "arithmetic":
         return hashlib.sha256(f"arithmetic 1 {start} {stop}".encode()).hexdigest()
@@ -55,7 +61,7 @@ def identity(name: str) -> str:
 
 
 def rows(name: str) -> Iterator[dict[str, str]]:
-    """The documents of a virtual file, as rows with ``text``, and ``prompt`` for a conversation."""
+    """Yield the rows of a virtual file, with ``text``, and with ``prompt`` for a conversation."""
     kind, start, stop, max_bytes = _parse(name)
     if kind == "arithmetic":
         yield from ({"text": _arithmetic(number)} for number in range(start, stop))
@@ -77,7 +83,7 @@ def _parse(name: str) -> tuple[str, int, int, int]:
 
 @lru_cache(maxsize=8)
 def _modules(kind: str, max_bytes: int) -> list[tuple[str, str]]:
-    """(dotted name, path) of the modules that a kind reads: shuffled by their names' hash, cut at its byte budget."""
+    """List the modules of a kind as (dotted name, path), shuffled by the hash of their names, up to the byte budget."""
     available = _all_modules()
     topics = [entry for entry in available if entry[0] == "pydoc_data.topics"]
     if kind == "prose":
@@ -123,21 +129,23 @@ def _hash(*parts: str) -> bytes:
     return hashlib.sha256("\x00".join(parts).encode()).digest()
 
 
-def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, Definition]]:
     """Dotted name and node of every function and class, outer ones first, local ones left out."""
-    for node in getattr(tree, "body", ()):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    for node in tree.body:
+        if isinstance(node, Definition):
             yield f"{prefix}{node.name}", node
             if isinstance(node, ast.ClassDef):
                 yield from _definitions(node, f"{prefix}{node.name}.")
 
 
 def _prose(module: str, source: str) -> Iterator[dict[str, str]]:
-    """A topic each of the language reference; otherwise one document with all docstrings of a module."""
+    """Yield one document per topic of the language reference, or one with all docstrings of a module."""
     tree = ast.parse(source)
     if module == "pydoc_data.topics":
-        for topic, text in sorted(ast.literal_eval(tree.body[-1].value).items()):
-            yield {"text": f"{topic}\n\n{text}"}
+        table = tree.body[-1]
+        assert isinstance(table, ast.Assign)
+        for topic, entry in sorted(ast.literal_eval(table.value).items()):
+            yield {"text": f"{topic}\n\n{entry}"}
         return
     parts = [f"{module}\n\n{text}"] if (text := ast.get_docstring(tree)) else []
     for name, node in _definitions(tree, f"{module}."):
@@ -149,7 +157,7 @@ def _prose(module: str, source: str) -> Iterator[dict[str, str]]:
 
 
 def _conversations(module: str, source: str) -> Iterator[dict[str, str]]:
-    """What a documented function does as the prompt, its code without the docstring as the answer."""
+    """Yield each documented function: its documentation as the prompt, its code without that as the answer."""
     lines = source.splitlines()
     for name, node in _definitions(ast.parse(source), ""):
         text = ast.get_docstring(node)
@@ -167,7 +175,7 @@ def _code(module: str, source: str) -> Iterator[dict[str, str]]:
 
 
 def _arithmetic(number: int) -> str:
-    """Twenty worked problems; a pure function of ``number``."""
+    """Make twenty worked problems, a pure function of ``number``."""
     source = random.Random(f"arithmetic {number}")
     return "\n\n".join(source.choice(_PROBLEMS)(source) for _ in range(PROBLEMS))
 

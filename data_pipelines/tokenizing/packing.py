@@ -1,6 +1,6 @@
-"""Documents to rows of ``sequence_length`` tokens, and rows to what the model is fed."""
+"""Documents to rows of ``sequence_length`` tokens, and rows to the model's inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,16 +8,17 @@ import numpy as np
 IGNORE_INDEX = -100  # the label that transformers' losses skip
 
 
-class Ragged(Sequence[np.ndarray]):
-    """Arrays of different lengths, laid end to end in one; item *i* is a view.
+class Ragged:
+    """Arrays of different lengths in one array, end to end; item *i* is a view.
 
     Args:
         values: (sum of lengths,).
         lengths: (items,) int64.
+        trained: (sum of lengths,) bool, False for tokens that are not predicted; None if all are.
     """
 
-    def __init__(self, values: np.ndarray, lengths: np.ndarray):
-        self.values, self.lengths = values, lengths
+    def __init__(self, values: np.ndarray, lengths: np.ndarray, trained: np.ndarray | None = None):
+        self.values, self.lengths, self.trained = values, lengths, trained
         self._ends = np.cumsum(lengths)
 
     def __len__(self) -> int:
@@ -27,9 +28,12 @@ class Ragged(Sequence[np.ndarray]):
         end = self._ends[item]
         return self.values[end - self.lengths[item] : end]
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[item] for item in range(len(self)))
 
-def ragged(arrays: Sequence[np.ndarray]) -> Ragged:
-    """The arrays of any sequence laid end to end; a Ragged as it is."""
+
+def ragged(arrays: Sequence[np.ndarray] | Ragged) -> Ragged:
+    """Put arrays end to end; a Ragged is returned as it is."""
     if isinstance(arrays, Ragged):
         return arrays
     lengths = np.fromiter((len(array) for array in arrays), np.int64, len(arrays))
@@ -42,25 +46,39 @@ class Packed(NamedTuple):
     Attributes:
         tokens: (rows, sequence_length) uint16, or uint32 for a vocabulary above 65,536.
         starts: (segments,) int32, columns at which a segment starts, row after row; a row always starts one.
-        offsets: (rows + 1,) int32, row r's starts are ``starts[offsets[r]:offsets[r + 1]]``.
+        offsets: (rows + 1,) int32; ``starts[offsets[r]:offsets[r + 1]]`` belong to row r.
         length: tokens of all rows without the padding that fills the last one.
+        trained: (rows, sequence_length) uint8, 0 for tokens that are not predicted; None if all are.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
     length: int
+    trained: np.ndarray | None = None
 
 
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type that holds all ids of a vocabulary."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def pack(documents: Sequence[np.ndarray], sequence_length: int, pad_id: int, dtype=np.uint16) -> Packed:
-    """Cut the stream of the documents' tokens into rows; of a Ragged without a look at any single document.
+def pack(
+    documents: Sequence[np.ndarray] | Ragged,
+    sequence_length: int,
+    pad_id: int,
+    dtype: type[np.unsignedinteger] = np.uint16,
+) -> Packed:
+    """Cut the stream of the documents' tokens into rows.
 
-    No token is lost. A document cut by a row's end goes on as a new segment of the next row; the padding at the end of
-    the last row is a segment of its own.
+    No token is lost. A document that a row's end cuts continues as a new segment of the next row; the padding at the
+    end of the last row is a segment of its own.
+
+    Args:
+        documents: token ids of each document; a Ragged is packed without a loop over its documents.
+        sequence_length: tokens of a row.
+        pad_id: id that fills the last row.
+        dtype: type of the packed ids.
     """
     documents = ragged(documents)
     lengths = documents.lengths[documents.lengths > 0]
@@ -71,31 +89,42 @@ def pack(documents: Sequence[np.ndarray], sequence_length: int, pad_id: int, dty
     row_starts = np.arange(rows) * sequence_length
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, row_starts, [length]]))
     starts = starts[starts < len(stream)]
+    trained = None
+    if documents.trained is not None:
+        trained = np.zeros((rows, sequence_length), np.uint8)
+        trained.ravel()[:length] = documents.trained
     return Packed(
         tokens=stream.reshape(rows, sequence_length),
         starts=(starts % sequence_length).astype(np.int32),
         offsets=np.searchsorted(starts, np.append(row_starts, len(stream))).astype(np.int32),
         length=length,
+        trained=trained,
     )
 
 
-def model_inputs(tokens: np.ndarray, starts: list[np.ndarray], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position ids and labels of packed rows.
+def model_inputs(
+    tokens: np.ndarray, starts: list[np.ndarray], lengths: np.ndarray, trained: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make the position ids and labels of packed rows.
 
     Args:
         tokens: (n, sequence_length).
         starts: for each row, the columns at which its segments start.
         lengths: (n,) tokens of each row before padding.
+        trained: (n, sequence_length), 0 for tokens that are not predicted; None if all are.
 
     Returns:
         ``position_ids`` (n, sequence_length) int64, 0 at every segment's first token, and ``labels`` (n,
         sequence_length) int64, the tokens themselves (the model shifts them) with `IGNORE_INDEX` at every segment's
-        first token, which nothing before it may predict, and at padding.
+        first token, which nothing before it may predict, at untrained tokens and at padding.
     """
     columns = np.arange(tokens.shape[1])
     first = np.zeros(tokens.shape, bool)
     for row, columns_of_row in enumerate(starts):
         first[row, columns_of_row] = True
     position_ids = columns - np.maximum.accumulate(np.where(first, columns, 0), axis=1)
-    labels = np.where(first | (columns >= lengths[:, None]), IGNORE_INDEX, tokens.astype(np.int64))
+    ignored = first | (columns >= lengths[:, None])
+    if trained is not None:
+        ignored |= trained == 0
+    labels = np.where(ignored, IGNORE_INDEX, tokens.astype(np.int64))
     return position_ids, labels

@@ -4,7 +4,8 @@ A shard is addressed by a key, the hash of (content of the input file, format, t
 holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)`` of the file.
 
     shards/KEY/00003.arrow   one Arrow record batch, uncompressed so that it can be memory-mapped:
-                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>
+                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>;
+                             trained: fixed_size_list<uint8>[sequence_length], if some tokens are not predicted
     shards/KEY/00003.json    the commit record, written after it
 """
 
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.sources.files import SUFFIXES, DataRecipe, InputFile, SourceRecipe, Unreadable, documents, read_rows
+from data_pipelines.sources.files import SUFFIXES, InputFile
+from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
+from data_pipelines.sources.rows import Unreadable, make_documents, read_rows
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import Packed, pack, token_dtype
 from doge.common.storage import Storage, sha256
@@ -31,13 +34,13 @@ class ShardRecord:
     """The commit record of a shard.
 
     Args:
-        rows: sequences.
-        tokens: of all documents, without the last row's padding.
-        documents: with text, of those read.
+        rows: number of sequences.
+        tokens: tokens of all documents, without the last row's padding.
+        documents: documents with text.
         bytes: size of the Arrow file.
-        sha256: of the Arrow file.
-        last: whether the input file ends with this part.
-        skipped: why the input file was left out, if it was.
+        sha256: hash of the Arrow file.
+        last: True if the input file ends with this part.
+        skipped: the reason why the input file was left out, if it was.
     """
 
     rows: int
@@ -50,13 +53,13 @@ class ShardRecord:
 
 
 def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokenizer_fingerprint: str) -> str:
-    """What all shards of a file are addressed by. Neither weights, seed nor path are in it."""
+    """The key of all shards of a file. It does not depend on weights, seed or path."""
     address = {
         "version": FORMAT_VERSION,
         "content": file.identity,
         "layout": next((suffix for suffix in SUFFIXES if file.path.endswith(suffix)), "virtual"),
         "format": source.format,
-        "columns": source.columns,
+        "columns": source.reads,
         "tokenizer": tokenizer_fingerprint,
         "sequence_length": recipe.sequence_length,
         "documents_per_shard": recipe.documents_per_shard,
@@ -65,15 +68,17 @@ def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokeniz
 
 
 def shard_name(key: str, part: int) -> str:
+    """Name of a shard's Arrow file in the storage."""
     return f"shards/{key}/{part:05d}.arrow"
 
 
 def record_name(key: str, part: int) -> str:
+    """Name of a shard's commit record in the storage."""
     return f"shards/{key}/{part:05d}.json"
 
 
 def read_record(storage: Storage, key: str, part: int) -> ShardRecord | None:
-    """The commit record of a shard, None if it is not committed."""
+    """Read the commit record of a shard; None if it is not committed."""
     try:
         return ShardRecord(**json.loads(storage.read_bytes(record_name(key, part))))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
@@ -91,8 +96,10 @@ def make_shard(
 ) -> ShardRecord | None:
     """Read, tokenize, pack and commit one shard; None if the file ends before it.
 
-    Raises UserError when the file cannot be read, unless the recipe skips such files: then a shard without rows is
-    committed as the file's last.
+    A file that cannot be read becomes one shard without rows if the recipe skips such files.
+
+    Raises:
+        UserError: the file cannot be read, or a row of it is not as its format needs it.
     """
     start = part * recipe.documents_per_shard
     skipped = None
@@ -108,7 +115,8 @@ def make_shard(
     if not rows and not skipped:
         return None
     last = len(rows) <= recipe.documents_per_shard
-    ids = tokenize(tokenizer, documents(source, rows[: recipe.documents_per_shard]))
+    documents = make_documents(source, file, start, rows[: recipe.documents_per_shard])
+    ids = tokenize(tokenizer, documents)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     packed = pack(ids, recipe.sequence_length, pad, token_dtype(len(tokenizer)))
     committed: dict[str, Any] = {}
@@ -133,36 +141,42 @@ def make_shard(
 
 
 def write_arrow(path: str, packed: Packed) -> None:
+    """Write packed rows as an Arrow file that can be memory-mapped."""
     import pyarrow as pa
 
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(packed.tokens.ravel()), packed.tokens.shape[1])
     starts = pa.ListArray.from_arrays(pa.array(packed.offsets), pa.array(packed.starts))
-    batch = pa.record_batch([tokens, starts], names=["tokens", "starts"])
+    columns = {"tokens": tokens, "starts": starts}
+    if packed.trained is not None:
+        columns["trained"] = pa.FixedSizeListArray.from_arrays(pa.array(packed.trained.ravel()), tokens.type.list_size)
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
 
 
 class OpenShard(NamedTuple):
-    """A memory-mapped shard: arrays as in `Packed`, read-only, valid as long as it is held."""
+    """A memory-mapped shard: arrays as in `Packed`, read-only, valid while the shard is referenced."""
 
     tokens: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
     length: int
+    trained: np.ndarray | None
 
-    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(tokens, segment starts, tokens before padding) of one sequence."""
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
+        """Return (tokens, segment starts, number of tokens before padding, trained or None) of one sequence."""
         starts = self.starts[self.offsets[row] : self.offsets[row + 1]]
         width = self.tokens.shape[1]
-        return self.tokens[row], starts, min(width, self.length - row * width)
+        trained = None if self.trained is None else self.trained[row]
+        return self.tokens[row], starts, min(width, self.length - row * width), trained
 
 
 class Damaged(Exception):
-    """A committed shard is not there or not what its record says."""
+    """A committed shard is missing or differs from its record."""
 
 
 def open_shard(path: str, record: ShardRecord) -> OpenShard:
-    """Memory-map a local shard after checking its sha256. Raises Damaged."""
+    """Memory-map a local shard after a check of its sha256. Raises Damaged if it is missing or differs."""
     import pyarrow as pa
 
     try:
@@ -173,9 +187,13 @@ def open_shard(path: str, record: ShardRecord) -> OpenShard:
         raise Damaged(path) from error
     tokens, starts = batch.column("tokens"), batch.column("starts")
     width = tokens.type.list_size
+    trained = None
+    if "trained" in batch.schema.names:
+        trained = batch.column("trained").flatten().to_numpy().reshape(-1, width)
     return OpenShard(
         tokens=tokens.flatten().to_numpy().reshape(-1, width),
         starts=starts.values.to_numpy(),
         offsets=starts.offsets.to_numpy(),
         length=record.tokens,
+        trained=trained,
     )

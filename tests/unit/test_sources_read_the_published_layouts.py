@@ -10,21 +10,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_pipelines.sources.files import (
-    DataRecipe,
-    SourceRecipe,
-    Unreadable,
-    _pin_revision,
-    documents,
-    fetch_blobs,
-    list_files,
-    read_rows,
-)
+from data_pipelines.formats.base import Message
+from data_pipelines.formats.software_heritage import fetch_blobs
+from data_pipelines.sources.files import _pin_revision, list_files
+from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
+from data_pipelines.sources.rows import Unreadable, make_documents, read_rows
 from doge.common.errors import UserError
 
 
 def texts(source, file, start=0, stop=10**9):
-    return documents(source, read_rows(source, file, start, stop))
+    return make_documents(source, file, start, read_rows(source, file, start, stop))
 
 
 def write_parquet(path, columns, row_group_size=3):
@@ -52,7 +47,7 @@ def test_cosmopedia_becomes_prompt_and_text(tmp_path):
     write_parquet(tmp_path / "train-00000-of-00104.parquet", columns | {"format": ["story"], "seed_data": ["stanford"]})
     source = SourceRecipe(str(tmp_path), 2, "conversation")
     (file,) = list_files("cosmopedia", source)
-    assert texts(source, file) == [("Write a story.", "Once.")]
+    assert texts(source, file) == [(Message("user", "Write a story."), Message("assistant", "Once."))]
 
 
 @contextmanager
@@ -162,13 +157,19 @@ def test_an_unreadable_file_is_named(tmp_path, name, content):
         read_rows(source, file, 0, 10)
 
 
-@pytest.mark.parametrize("content", [b'{"content": "a"}\n', b'{"text": 7}\n'])
-def test_a_wrong_column_is_named_and_never_skipped(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"content": "a"}\n', r"a\.jsonl has no column 'text', only content"),
+        (b'{"text": "a"}\n' * 3 + b'{"text": 7}\n', r"Row 3 of .*a\.jsonl holds int in 'text'"),
+    ],
+)
+def test_a_wrong_column_is_named_and_never_skipped(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     source = SourceRecipe(str(tmp_path), 1)
     (file,) = list_files("a", source)
-    with pytest.raises(UserError, match="'text'") as error:
-        read_rows(source, file, 0, 10)
+    with pytest.raises(UserError, match=message) as error:
+        texts(source, file, 1 if b"7" in content else 0)
     assert not isinstance(error.value, Unreadable)
 
 

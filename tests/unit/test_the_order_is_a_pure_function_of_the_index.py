@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.order.order import SLOTS, Mixture, NotReady, Order, file_order, mixture_units, permute
+from data_pipelines.order.mixture import SLOTS, Mixture, mixture_units
+from data_pipelines.order.order import NotReady, Order
+from data_pipelines.order.permutation import file_order, permute
 from doge.common.errors import UserError
 
 weights = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 100), min_size=1, max_size=8).filter(

@@ -60,5 +60,5 @@ def test_arithmetic_is_right():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="no source"):
+    with pytest.raises(UserError, match="There is no source python-installation://poetry"):
         list_files(SCHEME + "poetry", BYTES)

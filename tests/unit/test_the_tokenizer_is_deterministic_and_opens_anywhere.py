@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data_pipelines.formats.base import Message
 from data_pipelines.tokenizing import encoding
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import ragged
@@ -20,6 +21,10 @@ from doge.tokenizer.training import TokenizerRecipe, train_tokenizer
 TEXTS = [f"The {word} of {number} is {number * 7}, isn't it?\n    return {word}" for number in range(200)
          for word in ("sum", "product", "naïve value", "größe")]  # fmt: skip
 CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+def turns(prompt, text):
+    return Message("user", prompt), Message("assistant", text)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_a_generation_prompt_is_a_prefix_of_the_conversation(tokenizer):
 
 
 def test_documents_have_one_bos_and_one_eos(tokenizer):
-    (text, empty), (conversation,) = tokenize(tokenizer, ["a b", ""]), tokenize(tokenizer, [("Why?", "Because.")])
+    (text, empty), (conversation,) = tokenize(tokenizer, ["a b", ""]), tokenize(tokenizer, [turns("Why?", "Because.")])
     for ids in (text, conversation):
         assert ids[0] == 0
         assert (ids == 0).sum() == 1
@@ -114,7 +119,7 @@ AWKWARD = ["", " ", "x<|end_of_text|>y", "naïve\u3000größe\n\n\n  12345", "I'
 def test_gigatoken_and_tokenizers_agree(tokenizer, monkeypatch):
     assert all(encoding._agree(encoding._gigatoken(tokenizer, special), tokenizer, TEXTS, special)
                for special in (True, False))  # fmt: skip
-    pairs = [("Why " + text, text) for text in AWKWARD]
+    pairs = [turns("Why " + text, text) for text in AWKWARD]
     fast = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
     monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: None)
     slow = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
