@@ -227,7 +227,8 @@ def marker_name() -> str:
 def _open_root(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a root and the root's path in it."""
     try:
-        return fsspec.core.url_to_fs(root)
+        filesystem, path = fsspec.core.url_to_fs(root)
+        return filesystem, path
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or "the missing package"
         raise UserError(
