@@ -153,7 +153,7 @@ def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tm
     ("arguments", "sentence"),
     [
         (["--recipe", "Doge-20"], "There is no recipe Doge-20; the nearest is Doge-20M"),
-        (["--recipe", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["--recipe", "nowhere.yaml"], "There is no file nowhere.yaml"),
         (["--optimizer.learning-rate", "1"], "There is no option --optimizer.learning-rate"),
         (["--from", "/nowhere/step-1"], "There is no checkpoint at /nowhere/step-1"),
     ],
