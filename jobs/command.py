@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from cluster.runs.recipe import Recipe
-from doge.common.config_tree import parse, read_recipe
+from doge.common.config_tree import parse, read_yaml
 from doge.common.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -51,7 +51,7 @@ def main(command: type[T], run: Callable[[T], None], description: str | None) ->
     """Parse the command line, run, and end the process: 0 done, 1 a sentence on standard error, 130 interrupted."""
     arguments = sys.argv[1:]
     try:
-        default = command(settings=read_recipe(Recipe, find_recipe(_recipe_name(arguments))))
+        default = command(settings=read_yaml(Recipe, find_recipe(_recipe_name(arguments))))
         run(parse(command, default, arguments, description or ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

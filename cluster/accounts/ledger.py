@@ -12,23 +12,13 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import inf
-from typing import Any, Literal
+from typing import Any
 
 from cluster.accounts.figures import Figures, WorkerFigures
 from cluster.accounts.goodput import Membership, Start, progress
-from cluster.accounts.timeline import TimelineBins
+from cluster.accounts.timeline import Kind, Timeline, TimelineBins
 from cluster.elastic.events import Event
 from doge.common.errors import UserError
-from doge.reporting.plots import Timeline
-
-Kind = Literal["start", "step", "data", "others", "checkpoint", "evaluation", "restart", "repeated", "idle"]
-"""What a worker's second went to.
-
-A worker posts ``step`` (computing its share and updating), ``data`` (waiting for data), ``others`` (waiting for other
-workers), ``checkpoint`` (the stall of gathering state) and ``evaluation``. The ledger derives ``start`` (from being
-asked for to the first step), ``restart`` (between two memberships, or from the last step to its death), ``repeated``
-(all of a step that had been made before) and ``idle`` (the rest).
-"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +224,7 @@ class Ledger:
         )
 
     def timeline(self) -> Timeline:
-        """Who did what when, for `doge.reporting.plots.plot_timeline`."""
+        """Who did what when, so far."""
         bins = deepcopy(self._timeline)
         for name, host in self._hosts.items():
             bins.add(name, self._tail_kind(host), host.booked, self._until(host))

@@ -1,19 +1,99 @@
 """Who did what when, in bounded memory: equal bins that double in width as a run grows."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from doge.reporting.plots import Lane
+Kind = Literal["start", "step", "data", "others", "checkpoint", "evaluation", "restart", "repeated", "idle"]
+"""What a worker's second went to.
+
+A worker posts ``step`` (computing its share and updating), ``data`` (waiting for data), ``others`` (waiting for other
+workers), ``checkpoint`` (the stall of gathering state) and ``evaluation``. The ledger derives ``start`` (from being
+asked for to the first step), ``restart`` (between two memberships, or from the last step to its death), ``repeated``
+(all of a step that had been made before) and ``idle`` (the rest).
+"""
+
+KINDS: dict[Kind, tuple[str, str]] = {
+    "step": ("step", "#3a9a6c"),
+    "data": ("waiting for data", "#f0b429"),
+    "others": ("waiting for others", "#8fc1e3"),
+    "checkpoint": ("checkpoint", "#8d6cab"),
+    "evaluation": ("evaluation", "#2f6690"),
+    "repeated": ("repeated step", "#f08a9d"),
+    "restart": ("restart", "#cf3b4a"),
+    "start": ("starting", "#8a8f98"),
+    "idle": ("idle", "#dfe2e6"),
+}
+"""Each kind's label and color in a plot, from the bottom of a lane to the top: work, usual stalls, losses."""
 
 MAX_BINS = 1200
 _FIRST_BIN_SECONDS = 1 / 64
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One line of a timeline: hosts of one node that were there one after another.
+
+    Args:
+        node: Name of the node.
+        device: Device of the last host.
+        hosts: Names of the hosts.
+        shares: Kind → number of a bin → the part of the bin that it took, between 0 and 1.
+    """
+
+    node: str
+    device: str
+    hosts: tuple[str, ...]
+    shares: Mapping[str, Mapping[int, float]]
+
+    @property
+    def label(self) -> str:
+        return " → ".join(self.hosts) if len(self.hosts) < 3 else f"{self.hosts[0]} → … → {self.hosts[-1]}"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Who did what when; times in seconds since the run began.
+
+    Args:
+        lanes: The lanes, those of a node next to each other.
+        bin_seconds: Width of a bin.
+        end: End of the run.
+        changes: Times at which the group of workers changed.
+        gaps: Times at which one driver stopped and a later one continued.
+    """
+
+    lanes: Sequence[Lane]
+    bin_seconds: float
+    end: float
+    changes: Sequence[float]
+    gaps: Sequence[float]
+
+    def drawing(self) -> dict[str, Any]:
+        """The keyword arguments of `plot_lanes` that draw it, grouped by node."""
+        nodes: dict[str, list[Lane]] = {}
+        for lane in self.lanes:
+            nodes.setdefault(lane.node, []).append(lane)
+        return {
+            "groups": {
+                f"{node} · {', '.join(sorted({lane.device for lane in lanes}))}": [
+                    (lane.label, lane.shares) for lane in lanes
+                ]
+                for node, lanes in nodes.items()
+            },
+            "kinds": KINDS,
+            "bin_seconds": self.bin_seconds,
+            "end": self.end,
+            "changes": (f"change of the group ({len(self.changes)})", self.changes),
+            "breaks": ("stopped, then continued", self.gaps),
+        }
+
+
 class TimelineBins:
     """Seconds of every kind in every bin of every host. A host costs memory only for the bins in which it was there."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bin_seconds = _FIRST_BIN_SECONDS
         self._hosts: dict[str, dict[str, dict[int, float]]] = {}  # host → kind → bin → seconds
 

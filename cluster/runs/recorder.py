@@ -61,14 +61,14 @@ class Recorder:
 
     def report(self, step: int) -> list[tuple[str, str]]:
         """The ledger's figures as labelled lines, after they went to MLflow and the timeline was drawn."""
-        from doge.reporting.plots import plot_timeline
+        from doge.reporting.plots import plot_lanes
 
         figures = self.ledger.figures(self._recipe.ledger)
         self._tracker.log_metrics([{"step": step} | figures.metrics()])
         self._remember_speeds(figures)
         with tempfile.TemporaryDirectory() as folder:
             plot = Path(folder, "timeline.png")
-            plot_timeline(plot, self.ledger.timeline(), self._recipe.name)
+            plot_lanes(plot, self._recipe.name, **self.ledger.timeline().drawing())
             self._directory.write_bytes("timeline.png", plot.read_bytes())
             self._tracker.log_artifact(plot)
         return [*figures.rows(), ("timeline", self._directory.path("timeline.png"))]

@@ -1,6 +1,6 @@
-"""Recipes: YAML files of one tree of frozen dataclasses, any leaf of which the command line overrides.
+"""Configuration trees: frozen dataclasses read from YAML and dictionaries, with a command-line option for every leaf.
 
-The dataclasses live beside the code that they configure; this file reads, checks, overrides and writes them.
+The dataclasses are defined next to the code that they configure.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from doge.common.errors import UserError
 T = TypeVar("T")
 
 
-def read_recipe(cls: type[T], path: str | Path) -> T:
-    """Read a YAML file into the dataclass tree ``cls``; keys that it leaves out keep their defaults.
+def read_yaml(cls: type[T], path: str | Path) -> T:
+    """Read a YAML file into the dataclass tree ``cls``; keys that are missing keep their defaults.
 
-    A file that says ``base: other.yaml`` changes, key by key, the values of that file beside it. ``null`` for what is
-    a mapping there takes it out: ``data: {sources: {python-edu: null}}`` does without that source of the base.
+    A file with ``base: other.yaml`` changes, key by key, the values of that file in the same directory. ``null``
+    removes a mapping of the base: ``data: {sources: {python-edu: null}}`` leaves that source out.
 
     Raises:
-        UserError: the file cannot be read or is no YAML mapping, its bases run in a circle, a key is unknown (the
-            nearest is named) or a type is wrong.
+        UserError: The file cannot be read or is not a YAML mapping, it is among its own bases, a key is unknown (the
+            message names the nearest), or a type is wrong.
     """
     return from_dict(cls, _read_values(Path(path)), where=str(path))
 
 
 def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file over those of its base; ``children`` are the files that have this one as theirs."""
+    """The values of a file merged into those of its base; ``children`` are the files that this one is a base of."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise UserError(f"There is no recipe file {path}.") from None
+        raise UserError(f"There is no file {path}.") from None
     except OSError as error:
-        raise UserError(f"The recipe {path} cannot be read ({error.strerror}): give a YAML file.") from None
+        raise UserError(f"The file {path} cannot be read ({error.strerror}): give a YAML file.") from None
     except UnicodeDecodeError:
-        raise UserError(f"The recipe {path} is not UTF-8 text: give a YAML file.") from None
+        raise UserError(f"The file {path} is not UTF-8 text: give a YAML file.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
@@ -51,13 +51,15 @@ def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     base, chain = values.pop("base"), (*children, path.resolve())
     if not isinstance(base, str):
-        raise UserError(f"In {path}, base = {base!r} must be the name of a recipe file.")
+        raise UserError(f"In {path}, base = {base!r} must be the name of a YAML file.")
     if (path.parent / base).resolve() in chain:
-        raise UserError(f"In {path}, base: {base} leads back to a recipe that starts from this one: take it out.")
-    return _merged(_read_values(path.parent / base, chain), values)
+        raise UserError(f"In {path}, base: {base} leads back to a file whose base this one is: remove the line.")
+    merged: dict[str, Any] = _merged(_read_values(path.parent / base, chain), values)
+    return merged
 
 
 def _merged(base: Any, changes: Any) -> Any:
+    """``base`` with ``changes``; ``null`` in the changes removes a mapping of the base."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     dropped = {key for key, value in changes.items() if value is None and isinstance(base.get(key), dict)}
@@ -65,8 +67,11 @@ def _merged(base: Any, changes: Any) -> Any:
     return {key: value for key, value in merged.items() if key not in dropped}
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -> T:
-    """Build the dataclass tree ``cls`` from nested dictionaries. Raises UserError, naming the key."""
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "the configuration") -> T:
+    """Build the dataclass tree ``cls`` from nested dictionaries that come from ``where``.
+
+    Raises UserError, naming the key, if a key is unknown or a value has the wrong type.
+    """
     _refuse_unknown_keys(cls, values, (), where)
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)
@@ -75,28 +80,38 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "the recipe") -
         key = ".".join(str(part) for part in first["loc"])
         if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
             raise cause from None
-        raise UserError(f"In {where}, {key} = {first['input']!r} will not do: {first['msg']}.") from None
+        raise UserError(f"In {where}, {key} = {first['input']!r} is invalid: {first['msg']}.") from None
 
 
-def to_dict(recipe: Any) -> dict[str, Any]:
-    """The tree as nested dictionaries that ``from_dict`` reads back to an equal tree."""
-    return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
+def to_dict(tree: Any) -> dict[str, Any]:
+    """Convert a tree to nested dictionaries of JSON values, from which ``from_dict`` builds an equal tree."""
+    values: dict[str, Any] = pydantic.TypeAdapter(type(tree)).dump_python(tree, mode="json")
+    return values
 
 
-def to_yaml(recipe: Any) -> str:
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+def to_yaml(tree: Any) -> str:
+    """Convert a tree to YAML text that ``read_yaml`` reads."""
+    text: str = yaml.safe_dump(to_dict(tree), sort_keys=False)
+    return text
 
 
-def flatten(recipe: Any) -> dict[str, Any]:
-    """Leaves by dotted key, such as ``{"optimizer.lr": 0.008}``; equal trees give equal dictionaries."""
-    return dict(_leaves(to_dict(recipe), ""))
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by dotted key, such as ``{"optimizer.lr": 0.008}``; equal trees give equal dictionaries."""
+    return dict(_leaves(to_dict(tree), ""))
 
 
 def parse(command: type[T], default: T, arguments: Sequence[str], description: str, usage: str = "") -> T:
-    """Parse a command line over the dataclass tree ``command``, whose values start from ``default``.
+    """Parse a command line into the dataclass tree ``command``. Exits with status 0 after ``--help``.
 
-    ``usage`` is how the command is called, by default as the file that runs. Exits with status 0 after ``--help``.
-    Raises UserError for an unknown option, naming the nearest.
+    Args:
+        command: The dataclass.
+        default: The values of options that are not given.
+        arguments: The command line without the program's name.
+        description: First paragraph of the help.
+        usage: How the command is called; by default, ``python`` with the file that runs.
+
+    Raises:
+        UserError: An option is unknown; the message names the nearest.
     """
     parsed, unknown = tyro.cli(
         command,

@@ -1,5 +1,5 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is written for the user."""
 
 
 class UserError(Exception):
-    """Bad input, said in one sentence that tells what to do; commands print it and exit with status 1."""
+    """Bad input, described in one sentence that says what to do. Commands print it and exit with status 1."""

@@ -1,4 +1,4 @@
-"""What the device under a worker is and can do."""
+"""The device of a process: name, peak speed, memory and energy."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import torch
 
 from doge.common.words import count
 
-# Dense bf16 tensor-core peaks in TFLOP/s, by a part of the device's name; from the vendors' data sheets.
+# Dense bf16 tensor-core peaks in TFLOP/s by a part of the device's name, from the vendors' data sheets.
 _PEAK_TFLOPS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.0, "RTX A6000": 154.8,
@@ -20,17 +20,19 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def device_name(device: torch.device) -> str:
+    """A GPU's own name; for the CPU, ``CPU (2 threads)``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name(torch.get_num_threads())
 
 
 def cpu_name(threads: int) -> str:
+    """The device name of a CPU process with so many threads."""
     return f"CPU ({count(threads, 'thread')})"
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak of dense bf16 matrix products, None where it is not known."""
+    """Peak TFLOP/s of dense bf16 matrix products; None if unknown."""
     if device.type != "cuda":
         return None
     name = device_name(device)
@@ -38,22 +40,22 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of the GPU, or of the process on a CPU."""
+    """Peak memory so far in bytes: allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def use_cores(processes_on_node: int) -> None:
-    """Let this process compute on its share of the node's cores; Ray limits a worker to those it reserved."""
+    """Use as many threads as this process's share of the cores that it may run on."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_node))
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """A counter that only grows: what the device has used since some moment before; only differences mean something.
+    """Energy in joules that the device has used since an unknown moment; only differences are meaningful.
 
-    A GPU's is its own, from NVML; a CPU's is that of the whole machine's processors and their memory, from RAPL. None
-    where it cannot be read: no NVML, an older GPU, a part of one (MIG), a kernel that keeps RAPL to root.
+    A GPU's counter is its own, from NVML; a CPU's counts all of the machine's processors and their memory, from RAPL.
+    None if it cannot be read: without NVML, on an older GPU or a part of one (MIG), or if only root may read RAPL.
     """
     counter = _energy_counter(device)
     return counter() if counter else None
@@ -75,12 +77,12 @@ def _nvml_counter(device: torch.device) -> Callable[[], float | None] | None:
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no package, no driver, no permission, no such counter: each has its own
+    except Exception:  # a missing package, driver, permission or counter each raises an error of its own
         return None
 
     def read() -> float | None:
         try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
         except pynvml.NVMLError:
             return None
 
@@ -88,12 +90,12 @@ def _nvml_counter(device: torch.device) -> Callable[[], float | None] | None:
 
 
 def _rapl_counter() -> Callable[[], float | None] | None:
-    """The packages' counters, and their memory's; each begins again at its end, which is added on here."""
+    """The sum of the counters of processor packages and memory; wrap-arounds of a counter are added back."""
     zones = []
     for folder in sorted(_POWERCAP.glob("intel-rapl:*")):
         with suppress(OSError, ValueError):
             name = (folder / "name").read_text().strip()
-            if name.startswith("package") or name == "dram":  # core and uncore are part of package, psys is all of it
+            if name.startswith("package") or name == "dram":  # core and uncore are parts of a package
                 last = int((folder / "energy_uj").read_text())
                 zones.append((folder / "energy_uj", int((folder / "max_energy_range_uj").read_text()), [last, 0]))
     if not zones:

@@ -1,7 +1,7 @@
-"""One writer a run: a small file in the run's directory that its holder renews while it lives.
+"""One writer per run: the writer holds a lease, a small file in the run's directory that it keeps renewing.
 
 with Lease(storage / "runs/NAME", "the training of NAME") as lease:
-    ...  # ``lease.claim`` may be sent to other processes; they ask ``claim.check()`` before they commit
+    ...  # ``lease.claim`` may be sent to other processes, which call ``claim.check()`` before they commit
 """
 
 import json
@@ -20,57 +20,57 @@ from doge.common.storage import Storage, StorageError
 
 FILE = "lease.json"
 INTERVAL_SECONDS = 5.0  # between two renewals
-PATIENCE = 2.5  # intervals without a renewal after which the holder is taken for dead
-SETTLE_SECONDS = 1.0  # between writing and reading again, for another who wrote at the same time
+PATIENCE = 2.5  # intervals without a renewal after which the holder is considered dead
+SETTLE_SECONDS = 1.0  # between writing a lease and reading it back, in case another process wrote at the same time
 
 
 class LeaseLost(UserError):
-    """Another process writes to the run now."""
+    """The lease is no longer ours: another process took it over, or the file was removed."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Whose a run is; can be sent to other processes.
+    """Identifies the holder of a run's lease; can be sent to other processes.
 
     Args:
-        storage: of the run's directory.
-        owner: random id of the lease.
+        storage: The run's directory.
+        owner: Random id of the lease.
     """
 
     storage: Storage
     owner: str
 
     def still_held(self) -> bool:
-        """Whether the lease is still ours. Raises StorageError when that cannot be read."""
+        """Whether the lease is still ours. Raises StorageError if it cannot be read."""
         content = _parse(_read(self.storage))
         return content is not None and content["owner"] == self.owner
 
     def check(self) -> None:
-        """Raise LeaseLost unless the lease is still ours, and StorageError when that cannot be read."""
+        """Raise LeaseLost unless the lease is still ours, and StorageError if it cannot be read."""
         other = _parse(_read(self.storage))
         if other is None:
             raise LeaseLost(
-                f"The lease of {self.storage.root} was removed, so that this run may not commit any more: run the same "
-                "command again; it goes on from the last commit."
+                f"The lease of {self.storage.root} was removed, so this run may no longer commit: run the same command "
+                "again to resume from the last commit."
             )
         if other["owner"] != self.owner:
             raise LeaseLost(
-                f"The run in {self.storage.root} was taken over by {_who(other)}, so that this one may not commit any "
-                "more: leave it to that one, or choose another --name."
+                f"The run in {self.storage.root} was taken over by {_who(other)}, so this process may no longer "
+                "commit: leave the run to that one, or choose another --name."
             )
 
 
 class Lease:
     """The right to write to a run; released on exit.
 
-    No clocks of different machines are compared. A lease whose process is dead on this very machine is taken over at
-    once, any other if it is not renewed during 2.5 of its own intervals.
+    Clocks of different machines are never compared. A lease whose process died on this machine is taken over at once,
+    any other if it is not renewed during 2.5 of its own intervals.
 
     Args:
-        storage: of the run's directory.
-        holder: what others are told holds it, as ``the training of NAME``.
-        on_lost: is called once, from the renewing thread, with a sentence when another process has taken over.
-        interval: seconds between two renewals.
+        storage: The run's directory.
+        holder: Description of the holder for messages, such as ``the training of NAME``.
+        on_lost: Called once, from the renewing thread, with a sentence that says why the lease was lost.
+        interval: Seconds between two renewals.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Lease:
         interval: float = INTERVAL_SECONDS,
     ):
         self.claim = Claim(storage, uuid.uuid4().hex)
-        self._content = {
+        self._content: dict[str, Any] = {
             "owner": self.claim.owner,
             "holder": holder,
             "host": socket.gethostname(),
@@ -99,14 +99,14 @@ class Lease:
         self.acquire()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lease and keep renewing it. Raises UserError when another live process holds it."""
+        """Take the lease and keep renewing it. Raises UserError if another live process holds it."""
         storage = self.claim.storage
-        while not _is_free(storage):  # until it has been free, once
-            pass
+        while not _is_free(storage):
+            pass  # its owner changed: watch the new one
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self.claim.still_held():
@@ -121,15 +121,15 @@ class Lease:
         self._thread.start()
 
     def still_held(self) -> bool:
-        """Whether the lease is still ours. Raises StorageError when that cannot be read."""
+        """Whether the lease is still ours. Raises StorageError if it cannot be read."""
         return self.claim.still_held()
 
     def release(self) -> None:
-        """Stop renewing, and remove the file if it is still ours."""
+        """Stop renewing, and remove the lease if it is still ours."""
         self._released.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10)  # a storage that hangs must not hold the end up
-        with suppress(StorageError, OSError):  # others find that it is not renewed
+            self._thread.join(timeout=10)  # a storage that hangs must not delay the end
+        with suppress(StorageError, OSError):  # other processes notice that it is no longer renewed
             if self.claim.still_held():
                 self.claim.storage.delete(FILE)
 
@@ -145,12 +145,12 @@ class Lease:
             except LeaseLost as error:
                 self._on_lost(str(error))
                 return
-            except Exception:  # the storage fails for now: whoever writes there is told by its own errors
+            except Exception:  # the storage fails for now, and whoever writes there gets its error
                 continue
 
 
 def _is_free(storage: Storage) -> bool:
-    """Watch a lease: True once it is free, False where it changed hands. Raises UserError while its holder lives."""
+    """Watch a lease: True once it is free, False if its owner changed. Raises UserError if its holder is alive."""
     content = _read(storage)
     held = _parse(content)
     if content is None or (held is not None and _died_here(held)):
@@ -188,24 +188,24 @@ def _read(storage: Storage) -> bytes | None:
 
 
 def _parse(content: bytes | None) -> dict[str, Any] | None:
-    """What a lease says, None if there is none or it was damaged."""
+    """The content of a lease; None if there is none or it is damaged."""
     try:
-        found = json.loads(content or b"")
+        found: dict[str, Any] = json.loads(content or b"")
         return found if {"owner", "holder", "host", "pid", "interval"} <= found.keys() else None
     except (ValueError, AttributeError):
         return None
 
 
 def _died_here(content: dict[str, Any]) -> bool:
-    """Whether a lease's process ran on this very machine and is no more; its pid may belong to another one by now."""
+    """Whether a lease's process ran on this machine and has ended; its pid may belong to another process by now."""
     start = content.get("process_start")
     if start is None or content.get("machine") is None or content["machine"] != _machine():
         return False
-    return _process_start(content["pid"]) != start
+    return bool(_process_start(content["pid"]) != start)
 
 
 def _machine() -> str | None:
-    """What tells machines apart whose names are the same: this boot of the kernel, and whose pids these are."""
+    """Identifies this boot of this machine and the namespace of its pids; None if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -214,7 +214,7 @@ def _machine() -> str | None:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is dead, or a zombie."""
+    """When a process started, in clock ticks since boot; None if it has ended or is a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

@@ -19,19 +19,20 @@ def add_experts(
     num_experts_per_tok: int,
     expert_retrieval_size: int = 256,
 ) -> DogeMoeForCausalLM:
-    """An MoE model that computes what a dense one does: experts are added whose outputs (`up_embed`) are zero.
+    """Build an MoE model that computes the same as a dense one: the outputs (`up_embed`) of its experts are zero.
 
-    The router and the experts' inputs are drawn from torch's global generator. Train `expert_parameter_names` alone
-    for a while first, so that the experts learn before the rest moves.
+    The router and the experts' inputs are drawn from torch's global generator. Train only `expert_parameter_names` for
+    a while first, so that the experts learn before the other weights change.
 
     Args:
-        model: a dense Doge, ours or transformers'; it is left as it is, and no memory is shared with it.
+        model: A dense Doge, ours or transformers'; it does not change, and the result shares no memory with it.
+        num_experts, num_expert_heads, num_experts_per_tok, expert_retrieval_size: See `DogeMoeConfig`.
 
     Raises:
-        UserError: the model has experts already, or the numbers do not fit together.
+        UserError: The model already has experts, or the numbers do not fit together.
     """
     if model.config.is_moe:
-        raise UserError("This model is an MoE model already: add_experts needs a dense one.")
+        raise UserError("This model is already an MoE model: add_experts needs a dense one.")
     config = moe_config(
         model.config,
         num_experts=num_experts,
@@ -49,7 +50,7 @@ def add_experts(
 
 
 def expert_parameter_names(model: torch.nn.Module) -> list[str]:
-    """Names of the router's and the retrieved experts' parameters: those trained in the warm-up of `add_experts`."""
+    """Names of the parameters of the router and the retrieved experts, which are trained first after `add_experts`."""
     return [
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()
@@ -59,7 +60,10 @@ def expert_parameter_names(model: torch.nn.Module) -> list[str]:
 
 
 def moe_config(config: DogeConfig, **expert_fields: int) -> DogeMoeConfig:
-    """The MoE configuration with a dense model's fields and the given ones, checked."""
+    """The checked MoE configuration with another model's fields, except for the given ones.
+
+    Raises UserError if the fields do not fit together.
+    """
     settings = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "is_moe"):
         settings.pop(name, None)

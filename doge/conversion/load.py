@@ -13,13 +13,14 @@ from doge.model.modeling import DogeForCausalLM, DogeMoeForCausalLM
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> DogeForCausalLM:
-    """Opens a checkpoint folder (or hub name): a dense Doge, a Doge-MoE of ours, or one in transformers' MoE layout.
+    """Open a checkpoint: a dense Doge, a Doge-MoE of ours, or one in transformers' MoE layout.
 
     Args:
-        dtype: of the parameters; "auto" keeps the checkpoint's.
+        path: Directory or hub id.
+        dtype: Dtype of the parameters; "auto" keeps the checkpoint's.
 
     Raises:
-        UserError: there is no checkpoint there, or it is not a Doge model, or its weights do not fit its configuration.
+        UserError: There is no checkpoint, it is not a Doge model, or its weights do not fit its configuration.
     """
     try:
         config = AutoConfig.from_pretrained(path)

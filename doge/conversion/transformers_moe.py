@@ -11,15 +11,16 @@ from doge.model.modeling import DogeMoeForCausalLM, build_model
 
 
 def convert_transformers_moe(model: TransformersDogeForCausalLM) -> DogeMoeForCausalLM:
-    """Our model with the function that transformers' MoE layer intends for each token.
+    """Convert to a model of ours that computes what transformers' MoE layer intends for each token.
 
-    There, a token's two vectors of n = floor(sqrt(num_experts)) router logits are added pairwise and the best
-    num_experts_per_tok of the n x n sums are softmaxed; for more than one token the published code mixes the logits of
-    different tokens, which is not reproduced here. Its router becomes our queries, n channels a half, with unit vectors
-    as keys: the scores are the same numbers. Experts from n * n on, which no router logit reaches, are dropped.
+    There, a token's two vectors of n = floor(sqrt(num_experts)) router logits are added pairwise, and the best
+    num_experts_per_tok of the n x n sums are softmaxed. With more than one token, the published code mixes the logits
+    of different tokens, which is not reproduced here. Its router becomes our queries, with n channels in each half, and
+    our keys are unit vectors, so that the scores are the same numbers. Experts from n * n on, which no router logit
+    reaches, are dropped.
 
     Raises:
-        UserError: the model is dense.
+        UserError: The model is dense.
     """
     if not model.config.is_moe:
         raise UserError("This model is dense (is_moe is False): use add_experts to make an MoE model of it.")

@@ -1,4 +1,4 @@
-"""Text from a Doge model: `model.generate` with its cache works as with any other; this is the fast way."""
+"""Fast text generation with a Doge model; `model.generate` works too, as with any transformers model."""
 
 from doge.generation.decoder import Decoder
 from doge.generation.sampling import Sampling

@@ -1,4 +1,4 @@
-"""The fast path of decoding: one compiled step over a cache of fixed slots, and nothing else between two tokens."""
+"""Fast decoding: one compiled step per token over a cache of fixed slots."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,26 +13,30 @@ from doge.generation.weights import LayerWeights
 from doge.model.attention.cache import Slots
 from doge.model.modeling import DogeForCausalLM
 
-SLOT_STEP = 64  # slots are made in multiples of it
+SLOT_STEP = 64  # numbers of slots are multiples of it
 
 
 class Decoder:
-    """Generates with a model as it is now; a decoder of another state of it is made anew. Threads may share one.
+    """Generates with a model's present weights; after an update of the weights, make a new decoder. Thread-safe.
 
     Args:
-        model: on its device, in the precision to decode in; it is not changed.
-        compile: the step, where this machine can: as a C++ library on a CPU, with torch.compile elsewhere and for
-            experts, but for int8.
-        int8: keep the matrices as int8 with a scale per row, a quarter of float32's bytes; a little less exact. Prompts
-            longer than the window, and all where PyTorch computes, are read with the model's own.
+        model: The model, on its device and in the precision to decode in; it is not changed.
+        compile: Compile the step if this machine can: as a C++ library for a dense model on a CPU, otherwise with
+            torch.compile, which is not used with ``int8``.
+        int8: Store the matrices as int8 with a scale per row, a quarter of float32's bytes and slightly less exact.
+            Prompts that PyTorch reads (all without the C++ library, else those longer than the window) use the model's
+            own weights.
+
+    Raises:
+        UserError: The model has biases or an activation that the decoder does not support.
     """
 
     def __init__(self, model: DogeForCausalLM, compile: bool = True, int8: bool = False):
         self.model, self.config = model, model.config
         if self.config.attention_bias or self.config.mlp_bias or self.config.hidden_act != "silu":
             raise UserError(
-                "The fast decoder takes models without attention_bias and mlp_bias and with hidden_act 'silu', as all "
-                "presets are: use model.generate."
+                "The fast decoder supports only models without attention_bias and mlp_bias and with hidden_act 'silu', "
+                "like all presets: use model.generate."
             )
         layers = [LayerWeights.of(layer, int8) for layer in model.model.layers]
         embedding, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
@@ -54,14 +58,21 @@ class Decoder:
         num_return_sequences: int = 1,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, without the end token.
+        """Generate the tokens that follow each prompt, without the end token.
 
-        Prompts may differ in length. Each different prompt is read once, however often it occurs, and so is what all of
-        them begin with where a CPU's library reads them.
+        Prompts may differ in length. A prompt that occurs several times is read once; the C++ library also reads a
+        prefix that all prompts share once.
 
         Args:
-            num_return_sequences: continuations of each prompt, one after another in the result.
-            eos_token_id: ends a row, or several that do; by default the model's. -1 for none.
+            prompts: Token ids of each prompt, at least one each.
+            max_new_tokens: Number of tokens after which a row ends at the latest.
+            sampling: How a token is chosen; by default the likeliest is.
+            num_return_sequences: Continuations of each prompt, consecutive in the result.
+            eos_token_id: Token id, or several, that end a row; by default the model's. -1: no token does.
+
+        Raises:
+            UserError: There is no prompt, one is empty or has an id outside the vocabulary, or max_new_tokens is
+                below 1.
         """
         if eos_token_id is None:
             eos_token_id = self.model.generation_config.eos_token_id
@@ -85,19 +96,19 @@ class Decoder:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         num_return_sequences: int = 1,
     ) -> Iterator[torch.Tensor]:
-        """The next tokens of all rows, (rows,) int64, one step after another; as `generate`, but nothing ends a row."""
+        """Yield the next tokens of all rows, (rows,) int64, step by step. As `generate`, but no token ends a row."""
         if not prompts or not all(prompts):
-            raise UserError("There is nothing to go on from: give prompts of at least one token each.")
+            raise UserError("A prompt is empty, or there is none: give prompts of at least one token each.")
         vocabulary = self.config.vocab_size
         if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= vocabulary:
             raise UserError(
-                f"A prompt has a token that is none of the model's 0 to {vocabulary - 1}: is it its tokenizer?"
+                f"A prompt has a token id outside 0 to {vocabulary - 1}: was it encoded with the model's tokenizer?"
             )
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         device = self.model.device
         generator = sampling.generator(device)
-        logits, slots, lengths = self._read(prompts, max_new_tokens, num_return_sequences)
+        logits, slots, lengths = self._prefill(prompts, max_new_tokens, num_return_sequences)
         tokens = sampling.choose(logits, generator)
         yield tokens
         for number in range(max_new_tokens - 1):
@@ -105,11 +116,11 @@ class Decoder:
             tokens = sampling.choose(found, generator) if sampling.do_sample else found
             yield tokens
 
-    def _read(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, list[Slots], torch.Tensor]:
-        """Logits of the rows' next tokens, every layer's slots, and how many tokens each row has."""
+    def _prefill(self, prompts, max_new_tokens: int, repeats: int) -> tuple[torch.Tensor, list[Slots], torch.Tensor]:
+        """Logits of the rows' next tokens, every layer's slots, and the number of tokens of each row."""
         different = list(dict.fromkeys(map(tuple, prompts)))
         needed = max(map(len, different)) + max_new_tokens
-        logits, slots = self._step.read(different, -(-needed // SLOT_STEP) * SLOT_STEP)
+        logits, slots = self._step.prefill(different, -(-needed // SLOT_STEP) * SLOT_STEP)
         places = {prompt: place for place, prompt in enumerate(different)}
         rows = [places[tuple(prompt)] for prompt in prompts for _ in range(repeats)]
         index = torch.tensor(rows, device=self.model.device)

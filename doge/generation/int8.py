@@ -1,4 +1,4 @@
-"""Weights as int8 with a scale per row."""
+"""Matrices as int8 with a scale per row."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Int8(NamedTuple):
 
     @staticmethod
     def of(weight: torch.Tensor) -> "Int8":
-        """Each row's largest magnitude becomes 127."""
+        """Quantize a matrix: the largest magnitude of each row becomes 127."""
         wide = weight.detach().float()
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         return Int8((wide / scale[:, None]).round().to(torch.int8), scale)

@@ -1,4 +1,4 @@
-"""Reading prompts before decoding: packed into one row as training packs documents, so that none is padded."""
+"""Prefill: reading prompts before decoding, packed into one row as training packs documents, without padding."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,26 +8,28 @@ from doge.model.attention.cache import NO_KEY, DogeCache, Slots
 from doge.model.attention.window import kept_keys
 from doge.model.modeling import DogeForCausalLM
 
-TOKENS_TOGETHER = 8192  # tokens that one forward reads, or a single longer prompt
+TOKENS_PER_FORWARD = 8192  # tokens that one forward reads at most, except for a single longer prompt
 
 Prompt = Sequence[int]
 
 
-def read_prompts(model: DogeForCausalLM, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-    """Logits of the next tokens, (prompts, vocab_size) float32, and every layer's slots, a row for each prompt.
-
-    Slots are filled in the order of the tokens until the window is full; those left empty hold anything, with a bias of
-    minus infinity.
+def prefill(model: DogeForCausalLM, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+    """Read prompts in evaluation mode, without changing the mode that the model is in.
 
     Args:
-        model: whose mode is kept.
-        prompts: none of them empty.
-        slots: of each head, to be at most `keep_window_size`; no fewer than the longest prompt has keys in its window.
+        model: The model.
+        prompts: Token ids of each prompt, at least one each.
+        slots: Slots of each head, limited to `keep_window_size`; no fewer than the longest prompt fills.
+
+    Returns:
+        Logits of the next tokens, (prompts, vocab_size) float32, and every layer's slots with a row per prompt. Slots
+        are filled in the order of the tokens until the window is full; an empty slot has a bias of minus infinity, and
+        any key.
     """
     training = model.training
     model.eval()
     try:
-        found = [_read_together(model, group, slots) for group in _groups(prompts)]
+        found = [_prefill_packed(model, group, slots) for group in _groups(prompts)]
     finally:
         model.train(training)
     if len(found) == 1:
@@ -39,10 +41,11 @@ def read_prompts(model: DogeForCausalLM, prompts: Sequence[Prompt], slots: int) 
 
 
 def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Consecutive prompts that one forward reads."""
     group: list[Prompt] = []
     tokens = 0
     for prompt in prompts:
-        if group and tokens + len(prompt) > TOKENS_TOGETHER:
+        if group and tokens + len(prompt) > TOKENS_PER_FORWARD:
             yield group
             group, tokens = [], 0
         group.append(prompt)
@@ -50,7 +53,7 @@ def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     yield group
 
 
-def _read_together(model: DogeForCausalLM, prompts: list[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+def _prefill_packed(model: DogeForCausalLM, prompts: list[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.tensor([[token for prompt in prompts for token in prompt]])
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
@@ -63,10 +66,10 @@ def _read_together(model: DogeForCausalLM, prompts: list[Prompt], slots: int) ->
 
 
 class _PromptCache(DogeCache):
-    """Takes in documents packed in one row, and makes a row of slots of each.
+    """Is filled with documents packed in one row, and gives each a row of slots.
 
     Attributes:
-        found: every layer's, in the order in which they were filled.
+        found: Slots of every layer so far.
     """
 
     packs_documents = True
@@ -80,12 +83,12 @@ class _PromptCache(DogeCache):
         place = torch.arange(slots, device=device)
         self._taken = (place < ends[:, None])[:, None]  # (rows, 1, slots)
         starts = (ends.cumsum(0) - ends)[:, None]
-        self._source = (starts + torch.minimum(place, ends[:, None] - 1))[:, None]  # of each slot, in the packed row
+        self._source = (starts + torch.minimum(place, ends[:, None] - 1))[:, None]  # token of each slot
         self._starts = starts.flatten().tolist()
 
     @torch.no_grad()
     def fill(self, key, value, bias, order, layer_idx: int) -> None:
-        """See `DogeCacheLayer.fill`; of one row."""
+        """`DogeCacheLayer.fill` with one packed row."""
         kv_heads = bias.shape[1]
         source = self._source.expand(-1, kv_heads, -1)
         long = [row for row, length in enumerate(self._lengths) if length > self._window.size]

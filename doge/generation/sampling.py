@@ -9,14 +9,14 @@ from doge.common.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """As in transformers' `GenerationConfig`.
+    """Sampling options with the names and meaning of transformers' `GenerationConfig`.
 
     Args:
-        do_sample: draw a token; otherwise take the likeliest.
-        temperature: the logits are divided by it.
-        top_k: draw from so many likeliest alone.
-        top_p: … or from the fewest likeliest whose probabilities add up to it.
-        seed: of what is drawn; by default torch's global generator is used.
+        do_sample: Sample a token; otherwise take the likeliest.
+        temperature: Divides the logits.
+        top_k: Sample only from the k likeliest tokens.
+        top_p: Sample only from the fewest likeliest tokens whose probabilities add up to at least top_p.
+        seed: Seed of the sampling; by default torch's global generator is used.
     """
 
     do_sample: bool = False
@@ -25,10 +25,10 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(
-                f"temperature must be above 0, not {self.temperature}: leave do_sample off for the likeliest."
+                f"temperature must be above 0, not {self.temperature}: set do_sample to False for the likeliest token."
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}.")
@@ -36,10 +36,11 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
+        """A generator with the seed; None without one."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
     def choose(self, logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Next tokens, (rows,) int64, from logits (rows, vocab_size)."""
+        """Choose next tokens, (rows,) int64, from logits (rows, vocab_size)."""
         if not self.do_sample:
             return logits.argmax(-1)
         logits, tokens = logits.float() / self.temperature, None

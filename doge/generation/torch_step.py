@@ -1,4 +1,4 @@
-"""The decoding step in PyTorch, on any device, compiled where that works."""
+"""The decoding step in PyTorch, for any device, compiled with torch.compile if that works."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,42 +8,46 @@ import torch.nn.functional as F
 from transformers.models.doge.modeling_doge import apply_rotary_pos_emb
 
 from doge.generation.int8 import Int8
-from doge.generation.prefill import Prompt, read_prompts
+from doge.generation.prefill import Prompt, prefill
 from doge.generation.weights import LayerWeights
 from doge.model.attention.cache import Slots, attend_slots, insert_key
 from doge.model.attention.window import KeyWindow
 from doge.model.compilation import can_compile
 from doge.model.modeling import DogeForCausalLM
 
-LAYERS_TOGETHER = 8  # layers of one compiled graph: compiling takes as long as they are many, calling a graph 0.1 ms
+LAYERS_PER_GRAPH = 8  # compiling takes time in proportion to them, calling a graph takes 0.1 ms
 
 
 class TorchStep:
-    """One token for every row: the model's own function with the matrices that read the same states joined.
+    """Computes one token for every row, as the model does, with the matrices joined that read the same states.
 
     Args:
-        model: that decodes.
-        layers: its layers' weights.
+        model: The model to decode with.
+        layers: Its layers' weights.
         embedding, head: (vocab_size, hidden_size).
-        compile: with torch.compile, where this machine can: at the first token, once for one row and once for more,
-            half a minute, or a few seconds where torch has it in its cache.
+        compile: Use torch.compile if this machine can. It compiles at the first token, separately for one row and for
+            several, and takes half a minute, or a few seconds with torch's cache.
     """
 
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head, compile: bool = True):
         self._read_by, self._model, self._embedding, self._head = model, model.model, embedding, head
-        self._chunks = [layers[start : start + LAYERS_TOGETHER] for start in range(0, len(layers), LAYERS_TOGETHER)]
+        self._chunks = [layers[start : start + LAYERS_PER_GRAPH] for start in range(0, len(layers), LAYERS_PER_GRAPH)]
         self._window, self._eps = KeyWindow.of(model.config), model.config.rms_norm_eps
         self._compiles = compile and can_compile(model.device.type)
         functions = (_run_layers, _end)
         self._functions = [torch.compile(each) for each in functions] if self._compiles else functions
 
     def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool) -> torch.Tensor:
-        """The rows' next tokens, (rows,) int64, where ``greedy``, or else their logits, (rows, vocab_size).
+        """Compute one step; the keys of ``tokens`` are inserted into ``slots`` in place.
 
         Args:
-            tokens: (rows,) int64, the present ones, which ``slots`` take in.
-            lengths: (rows,) int64, tokens before them.
-            slots: of every layer.
+            tokens: (rows,) int64, the newest token of each row.
+            lengths: (rows,) int64, the number of tokens before it.
+            slots: The slots of every layer.
+            greedy: Whether to choose the likeliest tokens.
+
+        Returns:
+            The next tokens, (rows,) int64, if ``greedy``, otherwise their logits, (rows, vocab_size).
         """
         if self._compiles:
             for states in itertools.chain(*slots):
@@ -53,20 +57,20 @@ class TorchStep:
         cos, sin = self._model.rotary_emb(states, position_ids=lengths[:, None])
         fuses = self._compiles and len(tokens) == 1 and states.device.type == "cpu" and states.dtype == torch.float32
         for number, chunk in enumerate(self._chunks):
-            own = slots[number * LAYERS_TOGETHER :][: len(chunk)]
+            own = slots[number * LAYERS_PER_GRAPH :][: len(chunk)]
             states = run_layers(states, lengths, cos, sin, chunk, own, self._window, self._eps, fuses)
         return end(states, self._model.norm.weight, self._head, self._eps, greedy, fuses)
 
-    def read(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-        """See `read_prompts`."""
-        return read_prompts(self._read_by, prompts, slots)
+    def prefill(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        """See `doge.generation.prefill.prefill`."""
+        return prefill(self._read_by, prompts, slots)
 
 
 def _linear(states: torch.Tensor, weight: torch.Tensor | Int8, fuses: bool) -> torch.Tensor:
-    """As `F.linear`; with ``fuses`` of one row, as a sum that torch.compile makes a loop of.
+    """`F.linear`; with ``fuses``, for one row, as a sum that torch.compile turns into a loop.
 
-    On a CPU the library reads float32 at half of the memory's speed (MKL's product of one row with 32,768 x 256), the
-    generated loop at four fifths of it; in bfloat16 it is the other way round.
+    On a CPU, MKL's product of one row with a 32,768 x 256 matrix reads float32 at half of the memory's speed, and the
+    generated loop at four fifths of it; for bfloat16 it is the other way round.
     """
     if isinstance(weight, Int8):
         return F.linear(states, weight.data.to(states.dtype)) * weight.scale.to(states.dtype)

@@ -1,4 +1,4 @@
-"""The parameters of a layer as decoding reads them."""
+"""The parameters of a layer in the form that decoding reads."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from doge.model.experts import DogeCDMoE
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of a layer, those side by side that read the same states.
+    """The parameters of a layer; matrices that read the same states are concatenated.
 
     Args:
-        qkv: (heads + 2 kv_heads) * head_dim rows, as (rows, hidden_size).
-        gate_up: (2 * intermediate_size, hidden_size); None with `down` where the layer has experts.
-        experts: the module with them.
+        qkv: ((heads + 2 * kv_heads) * head_dim, hidden_size).
+        gate_up: (2 * intermediate_size, hidden_size); None, like `down`, if the layer has experts.
+        experts: The layer's expert module, or None.
     """
 
     input_norm: torch.Tensor
@@ -34,7 +34,7 @@ class LayerWeights(NamedTuple):
 
     @staticmethod
     def of(layer: nn.Module, int8: bool = False) -> "LayerWeights":
-        """Of a `DogeDecoderLayer`; with ``int8`` the matrices as such, but for those of experts."""
+        """The weights of a `DogeDecoderLayer`; with ``int8`` its matrices are quantized, except those of experts."""
         attention, mlp = layer.self_attn, layer.mlp
         has_experts = isinstance(mlp, DogeCDMoE)
         convert = Int8.of if int8 else torch.Tensor.detach

@@ -1,4 +1,4 @@
-"""torch.compile where this machine can, once for all layers of a model; its cache on disk is torch's own."""
+"""torch.compile for a model's layers, where this machine can compile."""
 
 import functools
 import logging
@@ -11,10 +11,11 @@ _log = logging.getLogger(__name__)
 
 
 def compile_layers(model: torch.nn.Module) -> bool:
-    """Compile the model's layers in place: one graph serves them all, and the state dict stays as it is.
+    """Compile the model's layers in place: one graph serves all of them, and the state dict does not change.
 
     Returns:
-        Whether it was done; where it cannot be, or the model is no Doge, all runs as it is, with the same results.
+        Whether the layers were compiled. If this machine cannot compile, or
+        the model is no Doge, the model runs as it is, with the same results.
     """
     if not isinstance(model, DogeForCausalLM) or not can_compile(model.device.type):
         return False
@@ -25,12 +26,14 @@ def compile_layers(model: torch.nn.Module) -> bool:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works here; says once why it does not, as without a C++ compiler or Triton."""
+    """Whether torch.compile works here. Logs once why it does not, such as a missing C++ compiler or Triton."""
     try:
         torch.compile(_trial)(torch.ones(8, device=device_type))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        _log.warning("torch.compile does not work here (%s): the same is computed more slowly without.", reason)
+        _log.warning(
+            "torch.compile does not work here (%s): PyTorch computes the same without it, more slowly.", reason
+        )
         return False
     return True
 

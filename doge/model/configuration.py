@@ -1,8 +1,8 @@
-"""The eight Doge and Doge-MoE sizes, and the arithmetic of what they cost.
+"""The eight Doge and Doge-MoE presets, and their parameters and FLOPs by arithmetic.
 
-Dense models use transformers' own `DogeConfig`, so that a checkpoint of ours opens in a stock installation. MoE models
-carry `model_type = "doge_moe"`, which a stock installation refuses: its own MoE layer computes something else, and
-loading ours into it would be silently wrong.
+Dense models use transformers' own `DogeConfig`, so that transformers alone opens a checkpoint of ours. MoE models have
+`model_type = "doge_moe"`, which transformers alone refuses: its own MoE layer computes something else, and loading ours
+into it would be silently wrong.
 """
 
 import difflib
@@ -32,11 +32,11 @@ _MOE_SIZES = {  # dense size it grows from, experts, expert heads, experts per t
 class DogeMoeConfig(DogeConfig):
     """Configuration of a Doge model whose feed-forward layers are a shared expert plus retrieved experts.
 
-    Beside the fields of `DogeConfig`:
-        num_experts: experts in a layer, laid out on the grid of `expert_grid`.
-        num_expert_heads: independent retrievals per token.
-        num_experts_per_tok: experts that each expert head retrieves for a token.
-        expert_retrieval_size: size r of a head's query; each half, r / 2 wide, is matched against one side of the grid.
+    Fields in addition to those of `DogeConfig`:
+        num_experts: Experts in a layer, laid out on the grid of `expert_grid`.
+        num_expert_heads: Independent retrievals per token.
+        num_experts_per_tok: Experts that each expert head retrieves for a token.
+        expert_retrieval_size: Size r of a head's query; each half, r / 2 wide, is matched against one side of the grid.
     """
 
     model_type = "doge_moe"
@@ -73,9 +73,9 @@ class ModelRecipe:
     max_position_embeddings: int | None = None
     keep_window_size: int | None = None
     num_sink_keys: int | None = None
-    """Of the window, places for the first keys of a document, whatever their bias; beyond transformers' model."""
+    """Places in the window reserved for the first keys of a document, whatever their bias. transformers has none."""
     num_local_keys: int | None = None
-    """Of the window, places for the last keys, the query's own included."""
+    """Places in the window reserved for the last keys, the query's own included. transformers has none."""
     num_experts: int | None = None
     num_expert_heads: int | None = None
     num_experts_per_tok: int | None = None
@@ -86,7 +86,7 @@ class ModelRecipe:
         """The configuration: `DogeMoeConfig` for an MoE preset, `DogeConfig` for a dense one.
 
         Raises:
-            UserError: unknown preset, or fields that do not fit together.
+            UserError: The preset is unknown, or fields do not fit together.
         """
         config = preset_config(self.preset)
         changes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
@@ -109,15 +109,15 @@ class ModelRecipe:
 
 
 def preset_names() -> list[str]:
-    """All preset names, dense then MoE, each from small to large."""
+    """All preset names: the dense ones, then the MoE ones, each from small to large."""
     return [*_DENSE_SIZES, *_MOE_SIZES]
 
 
 def preset_config(name: str) -> DogeConfig:
-    """The configuration of a preset as published, e.g. `preset_config("Doge-MoE-20M")`.
+    """The configuration of a preset as published, such as `preset_config("Doge-MoE-20M")`.
 
     Raises:
-        UserError: there is no such preset; the message names the nearest.
+        UserError: There is no such preset; the message names the nearest.
     """
     moe = {}
     size = name
@@ -152,7 +152,7 @@ def preset_config(name: str) -> DogeConfig:
 
 
 def check_config(config: DogeConfig) -> None:
-    """Raises `UserError`, one sentence naming the fields and their values, where they do not fit together."""
+    """Raise UserError, naming the fields and their values, if fields do not fit together."""
     hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if hidden_size % heads:
         raise UserError(f"hidden_size {hidden_size} must be divisible by num_attention_heads {heads}.")
@@ -166,8 +166,8 @@ def check_config(config: DogeConfig) -> None:
     forced = getattr(config, "num_sink_keys", 0) + getattr(config, "num_local_keys", 0)
     if forced >= config.keep_window_size:
         raise UserError(
-            f"num_sink_keys and num_local_keys, {forced} together, leave no key of the keep_window_size "
-            f"{config.keep_window_size} to choose."
+            f"num_sink_keys and num_local_keys, {forced} together, leave no free place in the keep_window_size "
+            f"{config.keep_window_size}: lower them or raise it."
         )
     if config.sliding_window is not None:
         raise UserError(f"sliding_window must be None, not {config.sliding_window}: use keep_window_size.")
@@ -190,14 +190,14 @@ def check_config(config: DogeConfig) -> None:
         )
 
 
-# They change what a model starts from, or which sequences it takes, and not what it computes within its window.
+# Fields that change what a model starts from or how long its sequences may be, but not its function within its window.
 _FREE_IN_CONTINUATION = {
     "preset", "initializer_range", "max_position_embeddings", "keep_window_size", "num_sink_keys", "num_local_keys",
 }  # fmt: skip
 
 
 def check_same_function(recipe: ModelRecipe, trained: ModelRecipe) -> None:
-    """Raise UserError if weights of `trained` would compute something else in a model of `recipe`."""
+    """Raise UserError if weights trained as `trained` would compute another function in a model of `recipe`."""
     wanted, found = recipe.build().to_dict(), trained.build().to_dict()
     for name in sorted((wanted.keys() | found.keys()) - _FREE_IN_CONTINUATION):
         if wanted.get(name) != found.get(name):
@@ -213,9 +213,9 @@ def head_dim(config: DogeConfig) -> int:
 
 
 def num_parameters(config: DogeConfig, active: bool = False) -> int:
-    """Parameters of the model, tied embeddings counted once, by arithmetic alone (nothing is built).
+    """The number of the model's parameters, computed without building it; tied embeddings count once.
 
-    With `active`, only those that one token uses: of all experts, the ones retrieved for it.
+    With `active`, only the parameters that one token uses count: of the experts, those retrieved for it.
     """
     hidden, width = config.hidden_size, head_dim(config)
     q_size, kv_size = config.num_attention_heads * width, config.num_key_value_heads * width
@@ -237,11 +237,11 @@ def num_parameters(config: DogeConfig, active: bool = False) -> int:
 
 
 def flops_per_token(config: DogeConfig, sequence_length: int) -> float:
-    """Floating-point operations of one training token, forward and backward, averaged over a sequence.
+    """Floating-point operations per training token, forward and backward, averaged over a sequence.
 
-    6 per active parameter (2 forward, 4 backward; the looked-up embedding counts once, as the output head), and 12 per
-    layer, query channel and key attended, where token i attends min(i + 1, keep_window_size) keys. See the appendix of
-    the PaLM paper (arXiv:2204.02311), which counts no causal saving; this does.
+    There are 6 per active parameter (2 forward, 4 backward; a tied embedding counts once, as the output head), and 12
+    per layer, query channel and attended key, where token i attends to min(i + 1, keep_window_size) keys. This follows
+    appendix B of the PaLM paper (arXiv:2204.02311), but counts only the keys that a causal query sees.
     """
     window = min(config.keep_window_size, sequence_length)
     keys = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length

@@ -2,8 +2,8 @@
 
 For every token and expert head, a query of size r is split into two halves. The halves are scored against the n1 and
 n2 keys of the two sides of a grid, whose cells are the experts; the score of expert (i, j) is the sum of its two keys'
-scores. The best pair lies among the best k of each side, so k x k sums are looked at, never n1 x n2. The retrieved
-experts add `sum softmax(score) * silu(x . down_embed) * up_embed` to the shared expert's output.
+scores. The best k pairs lie among the best k keys of each side, so only k x k sums are computed, never n1 x n2. The
+retrieved experts add `sum softmax(score) * silu(x . down_embed) * up_embed` to the shared expert's output.
 
 Sources: product keys, Lample et al. 2019 (arXiv:1907.05242); single-neuron experts, He 2024 (arXiv:2407.04153); the
 combination with a shared expert, the Doge architecture of the SmallDoge team. Routing looks at one token at a time: no
@@ -17,14 +17,14 @@ from transformers.activations import ACT2FN
 
 from doge.model.configuration import DogeMoeConfig, expert_grid
 
-OPERATIONS_PER_BYTE = 16  # that a machine can do in the time in which it gathers a byte; see `gathers_rows`
+OPERATIONS_PER_BYTE = 16  # operations in the time that gathering a byte takes; see `gathers_rows`
 _SUM_MODE = 0  # of torch's embedding-bag kernels
 
 
 def retrieve_experts(
     query: torch.Tensor, keys: torch.Tensor, grid: tuple[int, int], top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best `top_k` experts of every token and expert head.
+    """Find the best `top_k` experts of every token and expert head.
 
     Args:
         query: (tokens, heads, 2, r / 2).
@@ -57,7 +57,7 @@ class ExpertInput(nn.Embedding):
 
 
 class ExpertOutput(nn.Embedding):
-    """One output vector per expert: `weight` (num_experts, hidden_size)."""
+    """One output vector per expert, `weight` (num_experts, hidden_size)."""
 
     def forward(self, activations: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Sums of the vectors of experts (tokens, k) weighted by activations (tokens, k) -> (tokens, hidden_size)."""
@@ -68,18 +68,18 @@ class ExpertOutput(nn.Embedding):
 
 
 def gathers_rows(experts: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether to read the rows of experts (tokens, k) one by one, rather than to multiply by the whole table.
+    """Whether to read the rows of experts (tokens, k) one by one, instead of multiplying by the whole table.
 
-    For a token, a matmul with the table (num_experts, d) takes 2 * num_experts * d operations, and gathering takes
-    k * d * itemsize bytes, mostly from a cache. Every preset gathers, in any dtype; a matmul pays where a large part of
-    the table is chosen, and not for a few tokens, which would read less of the table than it holds.
+    For a token, a matmul with the table (num_experts, d) takes 2 * num_experts * d operations, and gathering reads
+    k * d * itemsize bytes, mostly from a cache. Every preset gathers, in any dtype. A matmul is faster if a large part
+    of the table is chosen, except for a few tokens, which read less than the whole table.
     """
     operations, gathered_bytes = 2 * len(weight), experts.shape[1] * weight.element_size()
     return operations > OPERATIONS_PER_BYTE * gathered_bytes or experts.numel() < len(weight)
 
 
-# Gathering needs three products, and the derivatives of each are the other two. All run in kernels that read a row of
-# the table, use it and drop it: nothing of size tokens * k * d exists, forward or backward.
+# Gathering needs three products, and the derivatives of each are the other two. All of them run in kernels that read a
+# row of the table, use it and drop it: no tensor of size tokens * k * d exists, forward or backward.
 
 
 class _GatherDot(torch.autograd.Function):
@@ -116,7 +116,7 @@ class _WeightedSum(torch.autograd.Function):
 
 def _gather_dot(hidden: torch.Tensor, experts: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """(tokens, d), (tokens, k), (num_experts, d) -> (tokens, k)."""
-    # The kernel that torch has for it bears the name of the one place where torch itself needs it.
+    # torch's kernel for this product is named after the one place where torch itself uses it.
     bag_of = torch.arange(len(experts), device=experts.device)
     offsets, bag_of = bag_of * experts.shape[1], bag_of.repeat_interleave(experts.shape[1])
     dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
@@ -131,8 +131,8 @@ def _weighted_sum(weights: torch.Tensor, experts: torch.Tensor, table: torch.Ten
 def _sum_by_expert(weights: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
     """`out[e] = sum over (t, k) with experts[t, k] = e of weights[t, k] * rows[t]`.
 
-    The choices are sorted by expert, so that each expert's are summed in one go and in one order: without atomics, and
-    in float32 whatever the dtype (a popular expert has thousands, of which bfloat16 would lose most).
+    The choices are sorted by expert, so that each expert's are summed at once and in a fixed order: without atomics,
+    and in float32 for every dtype (bfloat16 would lose most of the thousands of terms of a popular expert).
 
     (tokens, k), (tokens, k), (tokens, d) -> (num_experts, d).
     """
@@ -147,8 +147,8 @@ class DogeCDMoE(nn.Module):
 
     Parameters: `gate_proj`, `up_proj`, `down_proj` of the shared expert, as in a dense layer; `queries.weight`
     (num_expert_heads * r, hidden_size); `keys` (num_expert_heads, n1 + n2, r / 2); `down_embed.weight` and
-    `up_embed.weight` (num_experts, hidden_size), in transformers' sense of down (reads) and up (writes). The model that
-    the layer belongs to initialises them.
+    `up_embed.weight` (num_experts, hidden_size), where down reads and up writes, as in transformers. The model that the
+    layer belongs to initialises them.
     """
 
     def __init__(self, config: DogeMoeConfig):
@@ -182,18 +182,18 @@ class DogeCDMoE(nn.Module):
 
 
 def track_expert_usage(model: nn.Module) -> None:
-    """Starts counting which experts the tokens of later forwards are sent to (off by default: it costs a bincount)."""
+    """Start counting the tokens that each expert gets in later forwards (off by default: it costs a bincount)."""
     for layer in _expert_layers(model):
         layer.expert_counts = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.down_embed.weight.device)
 
 
 def pop_expert_usage(model: nn.Module) -> list[dict[str, float]]:
-    """Usage since the last call, one entry per MoE layer; the counts start again from zero.
+    """Return the usage of experts since the last call, one entry per MoE layer, and reset the counts.
 
     Returns:
-        For each layer: `usage`, the share of experts that got a token; `load_entropy`, that of the load over experts
-        divided by its maximum, 1 when all get alike; `max_load`, the load of the busiest expert in multiples of the
-        mean. A layer that saw no token since then, or is not tracked, is left out.
+        For each layer `usage`, the share of experts that got a token; `load_entropy`, the entropy of the load over
+        experts divided by its maximum, 1 for an even load; `max_load`, the load of the busiest expert in multiples of
+        the mean. A layer that is not tracked, or saw no token, is left out.
     """
     usage = []
     for layer in _expert_layers(model):

@@ -1,9 +1,9 @@
-"""Next-token cross-entropy that holds the logits of some tokens at a time.
+"""Next-token cross-entropy that computes the logits of a chunk of tokens at a time.
 
-A vocabulary of 32,768 makes the logits of 2,048 tokens 268 MB in float32, more than everything else in the smallest
-model. Here a chunk of tokens at a time is projected, its loss and its gradients with respect to the hidden states and
-the weight are computed at once, and its logits are dropped; the backward pass only scales those gradients. On a GPU
-Liger's kernels do the same with the logits turned into their gradient in place.
+With a vocabulary of 32,768, the logits of 2,048 tokens take 268 MB in float32, more than everything else in the
+smallest model. Here one chunk of tokens at a time is projected, its loss and its gradients with respect to the hidden
+states and the weight are computed together, and its logits are dropped; the backward pass only scales those gradients.
+On a GPU, Liger's kernels do the same and turn the logits into their gradient in place.
 """
 
 import functools
@@ -14,30 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORE_INDEX = -100  # a label that does not count, by the convention of torch and transformers
-TOKEN_CHUNK = 256  # tokens whose logits exist at one time
-LIGER_CHUNK = 4096  # the same on a GPU, about: fewer do not fill one with a small model's products
+IGNORE_INDEX = -100  # a label that does not count, as in torch and transformers
+TOKEN_CHUNK = 256  # tokens whose logits exist at the same time
+LIGER_CHUNK = 4096  # about the same on a GPU: with a small model, fewer tokens do not fill one
 
 _log = logging.getLogger(__name__)
 
 
 class LMHead(nn.Linear):
-    """The output projection, which can also turn hidden states into their loss without returning logits.
+    """The output projection, which can also compute the loss of hidden states without returning logits.
 
-    Both happen inside this module's `forward`, so that hooks which gather a sharded weight (ZeRO-3, FSDP) fire.
+    Both are computed inside this module's `forward`, so that hooks which gather a sharded weight (ZeRO-3, FSDP) fire.
     """
 
     def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., hidden_size) -> logits (..., vocab_size); given targets (...), the summed loss, a float32 scalar."""
+        """(..., hidden_size) -> logits (..., vocab_size), or, given targets (...), the summed loss as float32."""
         if targets is None:
             return super().forward(hidden_states)
         return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets.flatten())
 
 
 def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Each token's target: labels (batch, seq), aligned with the tokens, moved one to the left; the last has none.
+    """Each token's target: labels (batch, seq), aligned with the tokens, shifted left by one; the last has none.
 
-    Where documents are packed, the label of a document's first token must already be `IGNORE_INDEX`: the token before
+    In packed documents, the label of a document's first token must already be `IGNORE_INDEX`, because the token before
     it belongs to another document.
     """
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
@@ -46,13 +46,13 @@ def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
 def linear_cross_entropy(
     hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
-    """Sum over tokens of `cross_entropy(hidden_states @ weight.T, targets)`, as a float32 scalar.
+    """The sum over tokens of `cross_entropy(hidden_states @ weight.T, targets)`, a float32 scalar.
 
     Args:
         hidden_states: (tokens, hidden_size).
-        weight: (vocab_size, hidden_size), of the same dtype; under autocast both become its dtype.
+        weight: (vocab_size, hidden_size), of the same dtype; under autocast, both are cast to its dtype.
         targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
-        chunk: tokens whose logits (chunk, vocab_size) exist at one time; by default as many as suits the device.
+        chunk: Tokens whose logits (chunk, vocab_size) exist at the same time; by default as suits the device.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, chunk: int):
-    """The loss and the gradients, the weight's in float32, where they are needed."""
+    """The loss, and the gradients that are needed, that of the weight in float32."""
     hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
     loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
@@ -95,7 +95,7 @@ def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_n
         hidden, target = hidden_states[tokens], targets[tokens].unsqueeze(1)
         logits = hidden @ weight.T
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        # log sum exp from the likeliest token: its probability is at least 1 / vocab_size, so its log is exact.
+        # The log-sum-exp comes from the likeliest token: its probability is at least 1 / vocab_size, its log exact.
         highest, likeliest = logits.max(dim=-1, keepdim=True)
         normalizer = highest.float() - probabilities.gather(1, likeliest).log()
         loss += (normalizer - logits.gather(1, target).float()).sum()
@@ -111,8 +111,8 @@ def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_n
 
 
 def _by_liger(forward, hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool):
-    """The same; the weight's gradient is summed in float32 and given in the weight's dtype."""
-    # Its chunks are such that their logits are this many times as many numbers as the hidden states.
+    """`_by_chunks` with Liger's kernels; the weight's gradient is summed in float32 and has the weight's dtype."""
+    # Liger chooses its chunks so that their logits have this many times as many elements as the hidden states.
     times = -(-weight.shape[0] * LIGER_CHUNK // hidden_states.numel())
     loss, _, _, _, hidden_grad, weight_grad, _ = forward(
         hidden_states, weight, targets, ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32,
@@ -129,11 +129,11 @@ def _suits_liger(hidden_states: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _liger() -> Callable | None:
-    """Liger's fused linear cross-entropy; None where it cannot be imported, which is said."""
+def _liger() -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """Liger's fused linear cross-entropy; None if it cannot be imported, which is logged."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     except ImportError as error:
-        _log.warning("Liger's loss cannot be imported (%s): PyTorch computes the same more slowly.", error)
+        _log.warning("Liger's loss cannot be imported (%s): PyTorch computes the same, more slowly.", error)
         return None
     return fused_linear_cross_entropy_forward

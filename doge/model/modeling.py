@@ -1,12 +1,12 @@
 """The Doge and Doge-MoE language models.
 
 State dict, configuration and forward signature are those of transformers' `DogeForCausalLM`, so that a dense checkpoint
-of either opens in the other with equal logits. What differs is how the same numbers are computed
-(`doge.model.attention`, `doge.model.loss`), how experts are routed (`doge.model.experts`), and the loss: see
-`DogeForCausalLM.forward`.
+of either opens in the other with equal logits. The differences are how the same numbers are computed
+(`doge.model.attention`, `doge.model.loss`), how experts are routed (`doge.model.experts`), and what a forward with
+labels returns (`DogeForCausalLM.forward`).
 
 Importing this module registers the MoE model with `AutoConfig` and `AutoModelForCausalLM`. The dense `model_type`
-stays transformers' own there; open a checkpoint of either kind as ours with `doge.conversion.load.load_model`.
+remains that of transformers' own model; `doge.load_model` opens a checkpoint of either kind as a model of ours.
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,10 @@ from doge.model.loss import IGNORE_INDEX, LMHead, next_token_targets
 
 @dataclass
 class DogeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """transformers' output, and how many tokens the loss was taken over.
+    """transformers' output and the number of tokens in the loss.
 
-    num_loss_tokens: int64 scalar, present with labels: the targets that were not -100.
+    Attributes:
+        num_loss_tokens: int64 scalar, the number of targets that are not -100; None without labels.
     """
 
     num_loss_tokens: torch.LongTensor | None = None
@@ -118,42 +119,40 @@ class DogeModel(DogePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """Hidden states (batch, seq, hidden_size) of the last layer, normalised.
+        """The normalised hidden states (batch, seq, hidden_size) of the last layer.
 
         Args:
-            input_ids: (batch, seq); or else inputs_embeds, (batch, seq, hidden_size).
-            attention_mask: (batch, cached + seq), 0 at padding. The padding of cached tokens is remembered.
-            position_ids: (batch or 1, seq). By default they count the real tokens of each row. Where they restart
-                within a row, without padding and without cached tokens, a new document begins: documents do not see
-                each other, and no cache is returned, for there is nothing that later tokens could continue.
-            past_key_values: a `DogeCache`.
-            use_cache: whether to return one; by default as the config says, but not in training.
+            input_ids: (batch, seq); alternatively, give inputs_embeds.
+            attention_mask: (batch, cached + seq), 0 at padding. The cache remembers the padding of cached tokens.
+            position_ids: (batch or 1, seq); by default, they count the real tokens of each row. Where they restart
+                within a row, without padding and cached tokens, a new document begins. Documents do not see each
+                other, and no cache is returned, because later tokens could not continue them.
+            past_key_values: A `DogeCache`.
+            inputs_embeds: (batch, seq, hidden_size), instead of input_ids.
+            use_cache: Whether to return a cache; by default as the configuration says, but never in training.
 
         Raises:
-            UserError: a mask that is not (batch, seq), or a cache of another kind that already holds something.
+            UserError: The mask is not (batch, seq), or the cache is of another kind.
+            ValueError: Both or neither of input_ids and inputs_embeds are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if past_key_values is not None and not isinstance(past_key_values, DogeCache):
             raise UserError(
-                f"past_key_values must be a DogeCache, not {type(past_key_values).__name__}: leave it and "
-                "cache_implementation out, and one is made."
+                f"past_key_values must be a DogeCache, not {type(past_key_values).__name__}: leave out both it and "
+                "cache_implementation to get one."
             )
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(
-                f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the causal and "
-                "the dynamic mask are computed inside."
+                f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the model itself "
+                "computes the causal and the dynamic mask."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, seq = inputs_embeds.shape[:2]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         padded = attention_mask is not None and not attention_mask.all()
-        order = None
-        if padded:  # a row begins after the padding on its left; places at padding are negative
-            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            order = columns - (attention_mask != 0).int().argmax(-1, keepdim=True)
-            order = torch.where(attention_mask == 0, columns - 2**30, order)[:, -seq:]
+        order = _places(attention_mask)[:, -seq:] if padded else None
         if position_ids is None:
             if padded:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
@@ -181,11 +180,21 @@ class DogeModel(DogePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
+def _places(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its row, counted from the padding on the row's left; negative at padding.
+
+    (batch, seq), 0 at padding -> (batch, seq) int64.
+    """
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    places = columns - (attention_mask != 0).int().argmax(-1, keepdim=True)
+    return torch.where(attention_mask == 0, columns - 2**30, places)
+
+
 class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
     """Doge with its output head; dense with a `DogeConfig`, MoE with a `DogeMoeConfig`.
 
     Attributes:
-        return_logits: whether a forward with labels also returns the logits; see `forward`.
+        return_logits: Whether a forward with labels also returns the logits; see `forward`.
     """
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -199,11 +208,11 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """Let `generate` use a `DogeCache` where it would make one of its own."""
+        """Let `generate` use a `DogeCache` instead of a cache of transformers."""
         wanted = generation_config.cache_implementation
         if wanted is not None:
             raise UserError(
-                f"cache_implementation={wanted!r} is not for Doge, which has a cache of its own: leave it out."
+                f"cache_implementation={wanted!r} does not work with Doge, which has its own cache: leave it out."
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DogeCache(self.config)
@@ -226,23 +235,27 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         **kwargs,
     ) -> DogeCausalLMOutputWithPast:
-        """Logits without labels; with labels the loss, and the logits only on request.
+        """Without labels, return the logits; with labels the loss, and the logits only on request.
 
-        The loss comes without the (tokens, vocab_size) logits ever existing, which is most of a small model's memory.
-        Tools that want both, such as TRL's trainers, set `return_logits` (argument, or attribute of the model); they
-        then pay for them.
+        The loss is computed without all (tokens, vocab_size) logits at once, which would be most of a small model's
+        memory. Tools that need both, such as TRL's trainers, set `return_logits`, as argument or attribute of the
+        model, and pay that memory.
 
         Args:
-            labels: (batch, seq), aligned with input_ids and shifted in here; -100 does not count. For packed documents
-                the data must put -100 on the first token of each.
-            shift_labels: labels already shifted; takes the place of labels.
-            reduction: "mean" over the counted tokens, or "sum"; either is 0 where none counts.
-            num_items_in_batch: given, the loss is the sum divided by it, as transformers' trainers ask.
-            logits_to_keep: as in transformers; ignored by the loss, which is taken over all positions.
-            The others: see `DogeModel.forward`.
+            labels: (batch, seq), aligned with input_ids and shifted here; -100 does not count. In packed documents, the
+                first token of each must have the label -100.
+            logits_to_keep: As in transformers; the loss ignores it and covers all positions.
+            reduction: "mean" over the counted tokens, or "sum"; both are 0 if no token counts.
+            num_items_in_batch: If given, the loss is the sum divided by it, as transformers' trainers need.
+            shift_labels: (batch, seq), labels that are already shifted, instead of labels.
+            return_logits: Whether to return the logits along with the loss; by default the attribute's value.
+            others: See `DogeModel.forward`.
 
         Returns:
             `loss` (float32 scalar) and `num_loss_tokens`, or `logits` (batch, seq, vocab_size), and the cache.
+
+        Raises:
+            UserError: The reduction is unknown; see also `DogeModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -277,14 +290,14 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
 
 
 class DogeMoeForCausalLM(DogeForCausalLM):
-    """The class that `AutoModelForCausalLM` gives for `model_type = "doge_moe"`."""
+    """The class that `AutoModelForCausalLM` uses for `model_type = "doge_moe"`."""
 
     config: DogeMoeConfig
     config_class = DogeMoeConfig
 
 
 def build_model(config: DogeConfig) -> DogeForCausalLM:
-    """A freshly initialised model of the class that fits the configuration."""
+    """Build a freshly initialised model of the class that fits the configuration."""
     return (DogeMoeForCausalLM if isinstance(config, DogeMoeConfig) else DogeForCausalLM)(config)
 
 

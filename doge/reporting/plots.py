@@ -1,61 +1,18 @@
-"""Plots beside the numbers."""
+"""Plots as PNG files: losses over steps, and lanes of time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Curve = Sequence[tuple[int, float]]
+"""(step, value) pairs."""
 
-# What a worker's time goes to, from the bottom of its lane to the top: work, stalls that are usual, losses.
-KIND_COLORS = {
-    "step": "#3a9a6c", "data": "#f0b429", "others": "#8fc1e3", "checkpoint": "#8d6cab", "evaluation": "#2f6690",
-    "repeated": "#f08a9d", "restart": "#cf3b4a", "start": "#8a8f98", "idle": "#dfe2e6",
-}  # fmt: skip
-# Kinds are called in the legend what a reader understands without the ledger's documentation.
-_KIND_LABELS = {
-    "step": "step", "data": "waiting for data", "others": "waiting for others", "checkpoint": "checkpoint",
-    "evaluation": "evaluation", "repeated": "repeated step", "restart": "restart", "start": "starting", "idle": "idle",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One line of a timeline: hosts of one node that were there one after another.
-
-    Args:
-        node: its name.
-        device: of the last host.
-        hosts: their names.
-        shares: kind → bin → share of the bin that it took, between 0 and 1.
-    """
-
-    node: str
-    device: str
-    hosts: tuple[str, ...]
-    shares: Mapping[str, Mapping[int, float]]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Who did what when; times in seconds since the run began.
-
-    Args:
-        lanes: those of a node beside each other.
-        bin_seconds: width of a bin.
-        end: of the run.
-        changes: when the group of workers changed.
-        gaps: where the run lay still until another driver went on with it.
-    """
-
-    lanes: Sequence[Lane]
-    bin_seconds: float
-    end: float
-    changes: Sequence[float]
-    gaps: Sequence[float]
+Shares = Mapping[str, Mapping[int, float]]
+"""kind → number of a bin → the part of the bin that the kind took, between 0 and 1."""
 
 
 def plot_losses(path: str | Path, training: Curve, held_out: Curve, baselines: Mapping[str, float], title: str) -> None:
-    """Draw the losses in nats over the steps as a PNG, with the baselines as level lines."""
+    """Draw losses (nats per token) over the steps, with each baseline as a horizontal line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,8 +33,28 @@ def plot_losses(path: str | Path, training: Curve, held_out: Curve, baselines: M
     pyplot.close(figure)
 
 
-def plot_timeline(path: str | Path, timeline: Timeline, title: str) -> None:
-    """Draw one lane a worker as a PNG, grouped by node; a bin with several kinds is as high in each as its share."""
+def plot_lanes(
+    path: str | Path,
+    title: str,
+    *,
+    groups: Mapping[str, Sequence[tuple[str, Shares]]],
+    kinds: Mapping[str, tuple[str, str]],
+    bin_seconds: float,
+    end: float,
+    changes: tuple[str, Sequence[float]] = ("", ()),
+    breaks: tuple[str, Sequence[float]] = ("", ()),
+) -> None:
+    """Draw what the time of several lanes went to. In a bin with several kinds, each is as high as its share.
+
+    Args:
+        path: PNG file to write.
+        groups: Heading → its lanes from top to bottom, each with its label and shares.
+        kinds: Kind → its label and color, from the bottom of a lane to the top.
+        bin_seconds: Width of a bin in seconds.
+        end: Time in seconds at which the lanes end; they begin at 0.
+        changes: Label and times in seconds of thin vertical lines.
+        breaks: Label and times in seconds of dashed vertical lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,75 +63,67 @@ def plot_timeline(path: str | Path, timeline: Timeline, title: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    places, heads, top = _places(timeline.lanes)
-    unit, name = _time_unit(timeline.end)
-    bins = int(timeline.end / timeline.bin_seconds) + 1
-    edges = np.append(np.arange(bins) * timeline.bin_seconds, timeline.end) / unit
+    lanes, headings, top = _places(groups)
+    unit, unit_name = _time_unit(end)
+    bins = int(end / bin_seconds) + 1
+    edges = np.append(np.arange(bins) * bin_seconds, end) / unit
     figure, axes = pyplot.subplots(figsize=(13, 1.6 + 0.3 * top), layout="constrained")
-    for lane, place in zip(timeline.lanes, places, strict=True):
+    for place, _, shares in lanes:
         floor = np.zeros(bins)
-        for kind in KIND_COLORS:
+        for kind, (_, color) in kinds.items():
             share = np.zeros(bins)
-            for at, value in lane.shares.get(kind, {}).items():
-                share[min(at, bins - 1)] += value
+            for number, value in shares.get(kind, {}).items():
+                share[min(number, bins - 1)] += value
             if not share.any():
                 continue
-            # The last bin is cut off where the run ends.
-            share[-1] *= timeline.bin_seconds / max(timeline.end - (bins - 1) * timeline.bin_seconds, 1e-9)
+            # The last bin is cut off at the end.
+            share[-1] *= bin_seconds / max(end - (bins - 1) * bin_seconds, 1e-9)
             roof = np.minimum(floor + share, 1)
             low, high = (place + 0.8 * (1 - np.append(level, level[-1])) for level in (floor, roof))
-            axes.fill_between(edges, low, high, step="post", color=KIND_COLORS[kind], linewidth=0)
+            axes.fill_between(edges, low, high, step="post", color=color, linewidth=0)
             floor = roof
-    for place, text in heads:
+    for place, heading in headings:
         axes.annotate(
-            text, (0, place), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
+            heading, (0, place), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
             fontsize=9, fontweight="bold", va="center",
         )  # fmt: skip
-    faint = max(0.1, min(0.55, 30 / (len(timeline.changes) + 1)))
-    change = {
-        "color": "black",
-        "linewidth": 0.7,
-        "alpha": faint,
-        "zorder": 0.5,
-    }  # below the lanes: they hide no restart
-    gap = {"color": "black", "linewidth": 2.2, "linestyle": "--"}
-    for times, style in ((timeline.changes, change), (timeline.gaps, gap)):
+    seen = [kind for kind in kinds if any(shares.get(kind) for _, _, shares in lanes)]
+    handles: list[Any] = [Patch(color=kinds[kind][1], label=kinds[kind][0]) for kind in seen]
+    faint = max(0.1, min(0.55, 30 / (len(changes[1]) + 1)))
+    # Changes are drawn below the lanes, so that they hide no short kind.
+    thin: dict[str, Any] = {"color": "black", "linewidth": 0.7, "alpha": faint, "zorder": 0.5}
+    dashed: dict[str, Any] = {"color": "black", "linewidth": 2.2, "linestyle": "--"}
+    for (label, times), style in ((changes, thin), (breaks, dashed)):
         for at in times:
             axes.axvline(at / unit, **style)
-    axes.set_yticks([place + 0.4 for place in places], [_lane_label(lane.hosts) for lane in timeline.lanes], fontsize=8)
-    axes.set(xlabel=f"{name} since the run began", xlim=(0, max(timeline.end / unit, 1e-9)), ylim=(top, -0.1))
+        if times:
+            handles.append(Line2D([], [], **style, label=label))
+    axes.set_yticks([place + 0.4 for place, _, _ in lanes], [label for _, label, _ in lanes], fontsize=8)
+    axes.set(xlabel=f"{unit_name} since the run began", xlim=(0, max(end / unit, 1e-9)), ylim=(top, -0.1))
     axes.set_title(title, loc="left")
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "top", "right"]].set_visible(False)
-    seen = [kind for kind in KIND_COLORS if any(lane.shares.get(kind) for lane in timeline.lanes)]
-    handles = [Patch(color=KIND_COLORS[kind], label=_KIND_LABELS[kind]) for kind in seen]
-    if timeline.changes:
-        handles.append(Line2D([], [], **change, label=f"change of the group ({len(timeline.changes)})"))
-    if timeline.gaps:
-        handles.append(Line2D([], [], **gap, label="stopped, then continued"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _places(lanes: Sequence[Lane]) -> tuple[list[float], list[tuple[float, str]], float]:
-    """Where each lane's top is and where each node's heading, in lanes from above, and where the last ends."""
-    places, heads, at = [], [], 0.0
-    for lane, before in zip(lanes, [None, *lanes], strict=False):
-        if before is None or lane.node != before.node:
-            devices = sorted({other.device for other in lanes if other.node == lane.node})
-            heads.append((at + 0.45, f"{lane.node} · {', '.join(devices)}"))
-            at += 0.85
-        places.append(at)
-        at += 1
-    return places, heads, max(at, 1.0)
-
-
-def _lane_label(hosts: Sequence[str]) -> str:
-    return " → ".join(hosts) if len(hosts) < 3 else f"{hosts[0]} → … → {hosts[-1]}"
+def _places(
+    groups: Mapping[str, Sequence[tuple[str, Shares]]],
+) -> tuple[list[tuple[float, str, Shares]], list[tuple[float, str]], float]:
+    """The lanes and the headings with their vertical places, in lanes from the top, and where the last lane ends."""
+    lanes, headings, at = [], [], 0.0
+    for heading, members in groups.items():
+        headings.append((at + 0.45, heading))
+        at += 0.85
+        for label, shares in members:
+            lanes.append((at, label, shares))
+            at += 1
+    return lanes, headings, max(at, 1.0)
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
+    """The seconds and the name of the unit that suits a length of time."""
     for unit, name in ((3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 3 * unit:
             return unit, name
@@ -162,7 +131,7 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _smoothed(curve: Curve) -> list[tuple[int, float]]:
-    """An exponential moving average over about a fiftieth of the curve, without its bias towards the start."""
+    """Exponential moving average over about a fiftieth of the curve, corrected for its start at zero."""
     decay = 1 - 1 / max(1.0, len(curve) / 50)
     average, weight, smoothed = 0.0, 0.0, []
     for step, value in curve:

@@ -1,4 +1,4 @@
-"""A trace of a few steps, by torch's profiler."""
+"""Traces of a few training steps by torch's profiler."""
 
 import tempfile
 from collections.abc import Callable
@@ -8,20 +8,20 @@ import torch
 
 from doge.common.storage import Storage
 
-SKIPPED_STEPS = 3  # at first, which are slower than the rest; the last of them wakes the profiler up
+SKIPPED_STEPS = 3  # the first steps are slower than the rest; the last skipped one warms the profiler up
 
 
 class StepTrace:
-    """Traces a few of the steps to come. Whatever goes wrong with it is said, and is no error of the training.
+    """Traces a few of the next steps. A failure is reported through ``say`` and does not disturb the training.
 
     Args:
-        first: number of the next step.
-        steps: to be traced; 0 traces nothing.
-        folder: where the trace goes.
-        say: is told where it lies.
+        first: Number of steps made so far.
+        steps: Number of steps to trace; 0 traces nothing.
+        folder: Directory for the trace.
+        say: Is called with a sentence that says where the trace is, or why there is none.
 
     Attributes:
-        written: the trace of all the steps is there.
+        written: Whether the trace is written.
     """
 
     def __init__(self, first: int, steps: int, folder: Storage, say: Callable[[str], None]):
@@ -31,7 +31,7 @@ class StepTrace:
         self.written = False
 
     def step(self) -> None:
-        """A step has ended."""
+        """Must be called after every step."""
         self._made += 1
         if not self._steps:
             return
@@ -46,7 +46,7 @@ class StepTrace:
             self._give_up(error)
 
     def close(self) -> None:
-        """No further step comes."""
+        """Must be called after the last step. Traces of fewer steps than asked for are dropped."""
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             try:
@@ -56,7 +56,7 @@ class StepTrace:
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         last = self._first + self._steps
-        if self._made < SKIPPED_STEPS + self._steps:  # closed amid the steps
+        if self._made < SKIPPED_STEPS + self._steps:  # closed before the last step to trace
             return
         name = f"steps-{self._first + 1:08d}-{last:08d}.json.gz"
         with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""MLflow: one run of ours is one run there, however often it was interrupted."""
+"""Tracking in MLflow: a training run is one MLflow run, however often it is interrupted."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import filelock
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 
-OPENING_SECONDS = 120.0  # at most, for other processes that open the same store
+OPENING_SECONDS = 120.0  # to wait at most for other processes that open the same store
 
 _RUN_FILE = "mlflow.json"
 
@@ -21,14 +21,15 @@ _RUN_FILE = "mlflow.json"
 @dataclass(frozen=True)
 class TrackingRecipe:
     experiment: str = "doge"
+    """Name of the MLflow experiment."""
     uri: str | None = None
-    """MLflow's tracking URI; MLFLOW_TRACKING_URI if that is set, else an SQLite file under the storage root."""
+    """MLflow's tracking URI. Default: MLFLOW_TRACKING_URI if set, otherwise an SQLite file in the storage."""
     peak_tflops: float | None = None
-    """A worker's peak in bf16, for MFU; known by itself for common GPUs."""
+    """Peak bf16 TFLOP/s of a worker's device, for MFU. Default: known for common GPUs, otherwise no MFU."""
     profile_steps: int = 0
-    """Steps in a row of which the first worker writes a trace for Perfetto, beside the run; --profile sets 3."""
+    """Consecutive steps that the first worker traces for Perfetto, in the run's directory; --profile sets 3."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.profile_steps < 0:
             raise UserError(f"tracking.profile_steps must not be negative, not {self.profile_steps}.")
 
@@ -36,11 +37,17 @@ class TrackingRecipe:
 class Tracker:
     """The MLflow run of a training run, created at the first start and continued at every later one.
 
+    Every method but `finish` raises UserError if MLflow does not answer.
+
     Args:
-        recipe: where to track.
-        storage: the root, which holds the default SQLite file.
-        run: the run's own directory, which remembers the MLflow run.
-        name: what MLflow shows.
+        recipe: Where to track.
+        storage: The storage's root, which holds the default SQLite file.
+        run: The run's own directory, which stores the id of the MLflow run.
+        name: Name of the run in MLflow.
+
+    Attributes:
+        uri: MLflow's tracking URI.
+        run_id: Id of the MLflow run.
     """
 
     def __init__(self, recipe: TrackingRecipe, storage: Storage, run: Storage, name: str):
@@ -55,7 +62,7 @@ class Tracker:
             self.run_id = self._continued(run) or self._created(recipe, storage, run, name)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log what the run does not know yet; MLflow refuses changes of what it does."""
+        """Log parameters that the run does not have yet; MLflow refuses changes of the others."""
         from mlflow.entities import Param
 
         with self._answering():
@@ -65,16 +72,17 @@ class Tracker:
                 self._client.log_batch(self.run_id, params=new[start : start + 100])
 
     def log_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Log rows that each hold ``step``; a row whose first metric that step already has is left out.
+        """Log rows of metrics, each with its ``step``; a row is left out if its first metric already has that step.
 
-        Training repeats the steps since its last checkpoint after an interruption, with equal results.
+        After an interruption, training repeats the steps since its last checkpoint, with equal results.
         """
         import time
 
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics, logged = [], {}
+        metrics: list[Metric] = []
+        logged: dict[str, int] = {}
         for row in rows:
             first = next(key for key in row if key != "step")
             if first not in self._logged:
@@ -89,29 +97,30 @@ class Tracker:
         self._logged |= logged
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """All ``(step, value)`` of a metric in the order of steps."""
+        """All ``(step, value)`` pairs of a metric, ordered by step."""
         with self._answering():
             return sorted((m.step, m.value) for m in self._client.get_metric_history(self.run_id, metric))
 
     def log_artifact(self, path: str | Path) -> None:
+        """Upload a local file."""
         with self._answering():
             self._client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: str) -> None:
-        """``FINISHED``, ``FAILED`` or ``KILLED``; a server that has gone away is not worth an error any more."""
+        """Set the status: ``FINISHED``, ``FAILED`` or ``KILLED``. A server that does not answer is ignored."""
         with suppress(UserError), self._answering():
             self._client.set_terminated(self.run_id, status)
 
     @property
     def show_command(self) -> str:
-        """What a user types to look at the runs."""
+        """The command that shows the runs."""
         if self.uri.startswith("http"):
             return f"open {self.uri}"
         return f"mlflow ui --backend-store-uri {self.uri}"
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Turn MLflow's errors into one sentence; every kind of store raises its own."""
+        """Turn MLflow's errors into UserErrors; every kind of store raises errors of its own."""
         try:
             yield
         except UserError:
@@ -122,7 +131,7 @@ class Tracker:
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
-        """One process of this machine at a time: MLflow does not make the tables of an SQLite file twice at once."""
+        """Let one process of this machine at a time open an SQLite file: MLflow cannot create tables twice at once."""
         if not self.uri.startswith("sqlite:///"):
             yield
             return
@@ -132,14 +141,15 @@ class Tracker:
             yield
 
     def _continued(self, run: Storage) -> str | None:
+        """Id of the MLflow run of an earlier start, if it is in this store."""
         from mlflow.exceptions import MlflowException
 
         try:
-            remembered = json.loads(run.read_bytes(_RUN_FILE))
-            self._client.update_run(remembered["run_id"], status="RUNNING")
+            run_id: str = json.loads(run.read_bytes(_RUN_FILE))["run_id"]
+            self._client.update_run(run_id, status="RUNNING")
         except (FileNotFoundError, MlflowException):  # never tracked, or tracked elsewhere
             return None
-        return remembered["run_id"]
+        return run_id
 
     def _created(self, recipe: TrackingRecipe, storage: Storage, run: Storage, name: str) -> str:
         experiment = self._client.get_experiment_by_name(recipe.experiment)
@@ -148,7 +158,7 @@ class Tracker:
         else:
             artifacts = storage.path("mlflow-artifacts") if self.uri.startswith("sqlite:") else None
             experiment_id = self._client.create_experiment(recipe.experiment, artifact_location=artifacts)
-        run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
+        run_id: str = self._client.create_run(experiment_id, run_name=name).info.run_id
         run.write_bytes(_RUN_FILE, json.dumps({"run_id": run_id, "uri": self.uri}).encode())
         return run_id
 

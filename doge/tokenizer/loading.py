@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from doge.common.errors import UserError
 
@@ -15,13 +15,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """Open the tokenizer in a directory or on the hub.
 
     Raises:
-        UserError: the tokenizer cannot be opened, is not a fast one or has no EOS.
+        UserError: The tokenizer cannot be opened, is not a fast one or has no EOS.
     """
     from transformers import PreTrainedTokenizerFast
 
     try:
-        opener = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
-        tokenizer = opener.from_pretrained(path)
+        opener: Any = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
+        tokenizer: PreTrainedTokenizerFast = opener.from_pretrained(path)
     except Exception as error:  # the hub's and the parsers' errors share no base class
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -131,7 +131,7 @@ def test_a_claim_in_another_process_says_why_it_may_not_commit(tmp_path):
     with lease(tmp_path) as mine:
         claim = pickle.loads(pickle.dumps(mine.claim))
         claim.check()
-    with pytest.raises(LeaseLost, match=r"was removed, .* it goes on from the last commit"):
+    with pytest.raises(LeaseLost, match=r"was removed, .* again to resume from the last commit"):
         claim.check()
     with lease(tmp_path):
         assert not claim.still_held()

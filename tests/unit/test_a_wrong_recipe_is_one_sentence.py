@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runs.recipe import Recipe, check_same_run
-from doge.common.config_tree import flatten, from_dict, read_recipe, to_dict
+from doge.common.config_tree import flatten, from_dict, read_yaml, to_dict
 from doge.common.errors import UserError
 from jobs.command import RECIPES, find_recipe
 
@@ -27,7 +27,7 @@ MOE = {
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *MOE])
 def test_the_model_recipes_hold_the_published_hyperparameters(name):
-    recipe = read_recipe(Recipe, find_recipe(name))
+    recipe = read_yaml(Recipe, find_recipe(name))
     recipe.check()
     steps, batch, lr = PUBLISHED[MOE.get(name, name)]
     assert (recipe.training.max_steps, recipe.training.global_batch_size, recipe.optimizer.lr) == (steps, batch, lr)
@@ -41,7 +41,7 @@ def test_the_model_recipes_hold_the_published_hyperparameters(name):
 
 def test_every_recipe_survives_being_written_and_read():
     for path in RECIPES.glob("*.yaml"):
-        recipe = read_recipe(Recipe, path)
+        recipe = read_yaml(Recipe, path)
         assert from_dict(Recipe, to_dict(recipe)) == recipe
 
 
@@ -109,7 +109,7 @@ def flatten_keys(values):
 def test_a_base_recipe_is_merged_key_by_key(tmp_path):
     (tmp_path / "base.yaml").write_text("training: {max_steps: 5000, save_steps: 7}\n")
     (tmp_path / "child.yaml").write_text("base: base.yaml\ntraining: {max_steps: 4000}\n")
-    recipe = read_recipe(Recipe, tmp_path / "child.yaml")
+    recipe = read_yaml(Recipe, tmp_path / "child.yaml")
     assert (recipe.training.max_steps, recipe.training.save_steps) == (4000, 7)
     assert flatten(recipe)["training.max_steps"] == 4000
 
@@ -122,11 +122,11 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
     )
     (tmp_path / "grandchild.yaml").write_text("base: child.yaml\ndata: {sources: {books: null}}\n")
     (tmp_path / "wrong.yaml").write_text("base: base.yaml\ndata: {sources: {cod: null}}\n")
-    child = read_recipe(Recipe, tmp_path / "child.yaml")
+    child = read_yaml(Recipe, tmp_path / "child.yaml")
     assert (list(child.data.sources), child.tokenizer.path) == (["web", "books"], None)
-    assert list(read_recipe(Recipe, tmp_path / "grandchild.yaml").data.sources) == ["web"]
+    assert list(read_yaml(Recipe, tmp_path / "grandchild.yaml").data.sources) == ["web"]
     with pytest.raises(UserError, match=r"data\.sources\.cod must hold keys and values, not None"):
-        read_recipe(Recipe, tmp_path / "wrong.yaml")
+        read_yaml(Recipe, tmp_path / "wrong.yaml")
 
 
 @pytest.mark.parametrize(
@@ -136,24 +136,24 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
         (b"name: [", "is not valid YAML"),
         (b"name: 2026-99-99", "is not valid YAML"),
         (b"- 1", "must hold keys and values"),
-        (b"base: 3", "base = 3 must be the name of a recipe file"),
+        (b"base: 3", "base = 3 must be the name of a YAML file"),
         (b"base: .", "cannot be read .Is a directory."),
-        (b"base: recipe.yaml", "leads back to a recipe"),
-        (b"base: other.yaml", "leads back to a recipe"),
+        (b"base: recipe.yaml", "leads back to a file"),
+        (b"base: other.yaml", "leads back to a file"),
     ],
 )
 def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(content)
     (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
     with pytest.raises(UserError, match=sentence):
-        read_recipe(Recipe, tmp_path / "recipe.yaml")
+        read_yaml(Recipe, tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--recipe", "Doge-20"], "There is no recipe Doge-20; the nearest is Doge-20M"),
-        (["--recipe", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["--recipe", "nowhere.yaml"], "There is no file nowhere.yaml"),
         (["--optimizer.learning-rate", "1"], "There is no option --optimizer.learning-rate"),
         (["--from", "/nowhere/step-1"], "There is no checkpoint at /nowhere/step-1"),
     ],

@@ -69,11 +69,11 @@ def on_the_cpu(*inputs, window, documents=None):
     return dynamic_mask_attention(*inputs, window=window, document_ends=ends_of(documents, len(inputs[0])))
 
 
-def by_stock_attention(*inputs, window, documents=None):
-    return torch_sdpa.stock_attention(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None)
+def by_sdpa_attention(*inputs, window, documents=None):
+    return torch_sdpa.sdpa_attention(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None)
 
 
-BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_stock_attention])
+BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_sdpa_attention])
 
 
 @BACKENDS
@@ -142,7 +142,7 @@ def test_chunks_of_a_kernel_equal_the_whole(documents, kv_heads, chunk):
     expiry = lifetimes(inputs[3], KeyWindow(window), ends_of(documents, batch=2))
     results = []
     for output in (
-        gathered_chunks.attend_in_chunks(attend, *inputs, expiry, window, chunk),
+        gathered_chunks.attend_gathered_chunks(attend, *inputs, expiry, window, chunk),
         defined_for_documents(*inputs, window, documents),
     ):
         results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
@@ -217,7 +217,7 @@ def test_below_the_window_no_tensor_has_the_length_twice(moe):
 def test_the_watch_would_see_a_square_mask():
     seq = 101
     with Allocations() as allocations:
-        by_stock_attention(*random_inputs(seq), window=16)
+        by_sdpa_attention(*random_inputs(seq), window=16)
     assert [shape for shape, _ in allocations.results if shape.count(seq) > 1]
 
 

@@ -22,6 +22,7 @@ def stock_moe(num_experts=20, **changes):
     config = tiny_config(window=16)
     for name, value in {"is_moe": True, "num_experts": num_experts, "num_experts_per_tok": 3, **changes}.items():
         setattr(config, name, value)
+    torch.manual_seed(0)  # not what the tests before have left: the tolerance is near the rounding
     return shake(transformers.DogeForCausalLM(config)).eval()
 
 

@@ -59,7 +59,7 @@ def logits_of_steps(decoder, lengths, steps, reader=None):
     """
     rows = [tokens(1, length + steps, seed=seed)[0].tolist() for seed, length in enumerate(lengths)]
     with torch.no_grad():
-        first, slots, number = (reader or decoder)._read([row[: len(row) - steps] for row in rows], steps + 1, 1)
+        first, slots, number = (reader or decoder)._prefill([row[: len(row) - steps] for row in rows], steps + 1, 1)
         found = [first.float()]
         for step in range(steps):
             given = torch.tensor([row[len(row) - steps + step] for row in rows])
@@ -96,15 +96,15 @@ def two_threads():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("read", [CpuStep.read, TorchStep.read])
+@pytest.mark.parametrize("read", [CpuStep.prefill, TorchStep.prefill])
 @pytest.mark.parametrize(
     ("lengths", "shared"), [((1, 300, 5, 700), 0), ((41, 3, 17, 60, 24, 25), 0), ((2, 400, 30), 300)]
 )
 def test_prompts_are_read_as_if_alone(monkeypatch, two_threads, lengths, shared, read, layers):
-    monkeypatch.setattr(prefill, "TOKENS_TOGETHER", 64)  # in several forwards
+    monkeypatch.setattr(prefill, "TOKENS_PER_FORWARD", 64)  # in several forwards
     window = 2048 if max(lengths) > 100 else 24
     model = tiny_model(window=window, vocab_size=1024, num_hidden_layers=layers)
-    decoder = Decoder(model, compile=read is CpuStep.read)
+    decoder = Decoder(model, compile=read is CpuStep.prefill)
     torch.manual_seed(0)
     beginning, *ends = torch.randperm(1000)[None].repeat(1 + len(lengths), 1).split(1)
     ends = [end[0, shared:][torch.randperm(1000 - shared)] for end in ends]  # no token of a row twice: two would tie
@@ -138,8 +138,8 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
 
 def test_a_prompt_longer_than_the_window_changes_no_other():
     decoder, (long, short) = Decoder(tiny_model(window=16), int8=True), prompts_of(40, 5)
-    alone = decoder._step.read([short], 64)[0]
-    assert torch.equal(decoder._step.read([long, short], 64)[0][1:], alone)
+    alone = decoder._step.prefill([short], 64)[0]
+    assert torch.equal(decoder._step.prefill([long, short], 64)[0][1:], alone)
 
 
 def test_int8_costs_little():
@@ -262,7 +262,7 @@ def test_nothing_to_go_on_from_or_to_is_one_sentence():
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize("token", [-1, 128])
 def test_a_token_of_another_vocabulary_is_one_sentence(token, compile):
-    with pytest.raises(UserError, match="none of the model's 0 to 127"):
+    with pytest.raises(UserError, match="outside 0 to 127"):
         Decoder(tiny_model(), compile).generate([[3], [4, token, 5]], 3)
 
 

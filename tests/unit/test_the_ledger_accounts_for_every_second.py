@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_runs import SimulatedRun
 
-from cluster.accounts.ledger import Kind, Ledger, LedgerRecipe, StepRecord
-from cluster.accounts.timeline import MAX_BINS
+from cluster.accounts.ledger import Ledger, LedgerRecipe, StepRecord
+from cluster.accounts.timeline import KINDS, MAX_BINS, Kind
 from doge.common.errors import UserError
-from doge.reporting.plots import KIND_COLORS, plot_timeline
+from doge.reporting.plots import plot_lanes
 
 PRICES = LedgerRecipe({"GPU": 2.0, "GPU 16": 3.6})
 
@@ -207,10 +207,10 @@ def test_a_worker_that_comes_for_one_that_went_takes_its_lane(tmp_path):
     assert len(run.ledger.figures(LedgerRecipe()).workers) > 3
     assert len(timeline.lanes) <= 4  # a worker may be asked for before its predecessor's death is known
     assert sum(len(lane.hosts) for lane in timeline.lanes) == len(run.ledger.figures(LedgerRecipe()).workers)
-    plot_timeline(tmp_path / "timeline.png", timeline, "test")
-    plot_timeline(tmp_path / "empty.png", Ledger(8, 1).timeline(), "test")
+    plot_lanes(tmp_path / "timeline.png", "test", **timeline.drawing())
+    plot_lanes(tmp_path / "empty.png", "test", **Ledger(8, 1).timeline().drawing())
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
-def test_every_kind_has_a_colour():
-    assert set(get_args(Kind)) == KIND_COLORS.keys()
+def test_every_kind_has_a_label_and_a_color():
+    assert set(get_args(Kind)) == KINDS.keys()

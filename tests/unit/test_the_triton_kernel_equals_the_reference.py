@@ -52,12 +52,12 @@ def test_it_declines_what_no_kernel_takes():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
 def test_why_they_decline_is_said_once_and_breaks_no_graph(head_dim, dtype, reason, caplog):
-    dispatch._say.cache_clear()
+    dispatch._warn_once.cache_clear()
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def ask(states):
-        return states + dispatch._kernels_take(states.device, states.dtype, states.shape[-1])
+        return states + dispatch._kernels_support(states.device, states.dtype, states.shape[-1])
 
     with caplog.at_level(logging.WARNING, "doge"):
         for batch in (1, 2, 3):

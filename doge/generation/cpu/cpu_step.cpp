@@ -1,8 +1,8 @@
-// Decoding with a dense Doge model on a CPU: a step is one parallel region that reads every weight once, and prompts are
-// read by the same code, each thread with tokens of its own.
+// Decoding with a dense Doge model on a CPU. A step is one parallel region that reads every weight once. Prompts are
+// read by the same code, with each thread working on tokens of its own.
 //
-// States are float; weights are float, bfloat16 or int8 with a scale per row; slots are float or bfloat16. What is
-// computed is `doge.generation.torch_step`, and the slots are those of `doge.attention.cache`.
+// States are float; weights are float, bfloat16 or int8 with a scale per row; slots are float or bfloat16. The results
+// are those of `doge.generation.torch_step`, and the slots those of `doge.model.attention.cache`.
 
 #include <algorithm>
 #include <atomic>
@@ -34,7 +34,7 @@ struct Model {
 
 namespace {
 
-// Threads that meet again and again within microseconds: they spin, and give way to others only after a while.
+// A barrier for threads that meet every few microseconds: they spin, and yield only after a while.
 class Barrier {
 public:
     explicit Barrier(int threads) : threads_(threads) {}
@@ -72,11 +72,12 @@ void rotate(float* states, const float* cosines, const float* sines, int64_t hal
 
 float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
-// Some tokens, `rows` of them, on their way through the model. Its threads share every matrix's rows.
+// The forward pass of `rows` tokens. Its threads divide the rows of every matrix among them.
 template <class W, class S>
 class Step {
 public:
-    // places: of the tokens in their sequences; sequences: the rows of the slots they belong to, or their own numbers.
+    // places: each token's place in its sequence. sequences: the row of the slots that each token belongs to; without
+    // it, the token's own number.
     Step(const Model& model, int64_t rows, int64_t slots, int threads, const int64_t* places, const int64_t* sequences)
         : m(model), rows(rows), slots(slots), threads(threads), places(places), sequences(sequences), barrier(threads),
           width((m.heads + 2 * m.kv_heads) * m.head_dim), parts(rows * m.kv_heads >= 2 * threads ? 1 : threads),
@@ -84,7 +85,7 @@ public:
           partial(rows * m.heads * parts * (m.head_dim + 2)), cosines(rows * m.head_dim / 2),
           sines(rows * m.head_dim / 2), largest(rows) {}
 
-    // Before `layers`.
+    // Must be called before `layers`.
     void embed(const int64_t* tokens) {
         const W* table = static_cast<const W*>(m.embedding.data);
         for (int64_t row = 0; row < rows; ++row) {
@@ -99,7 +100,7 @@ public:
         }
     }
 
-    // `everyone` meets when all tokens' keys have their slots; by default the step's own threads do.
+    // The barrier `everyone` is passed when all tokens' keys have their slots; by default that of the step's threads.
     void layers(int thread, Barrier* everyone = nullptr) {
         std::vector<float> normal(rows * m.hidden), weights(slots + LANES), mixed(rows * m.heads * m.head_dim);
         for (int64_t number = 0; number < m.layers; ++number) {
@@ -139,7 +140,7 @@ public:
         }
     }
 
-    // Every row's logits, or, where these are not wanted, the token of the largest.
+    // Every row's logits or, if these are not wanted, the token with the largest.
     void finish(int thread, float* logits, int64_t* chosen) {
         std::vector<float> normal(rows * m.hidden);
         const Vectors<W> last_states = normalize_all(m.norm, normal);
@@ -155,7 +156,7 @@ public:
     float* states_of(int64_t row) { return &states[row * m.hidden]; }
 
 private:
-    // The thread's own rows of a matrix; all threads have done theirs when it returns.
+    // Computes the thread's own rows of a matrix; returns when all threads have computed theirs.
     template <class Work>
     void each_row(int thread, int64_t number, Work work) {
         work(number * thread / threads, number * (thread + 1) / threads);
@@ -164,7 +165,7 @@ private:
 
     int64_t sequence(int64_t row) const { return sequences ? sequences[row] : row; }
 
-    // Of what the threads found in their parts of the vocabulary, one after another.
+    // Picks the largest of the threads' maxima over their parts of the vocabulary.
     void choose(int thread, const Best& best, int64_t* chosen) {
         for (int turn = 0; turn < threads; ++turn, barrier.wait()) {
             if (turn != thread) continue;
@@ -174,7 +175,7 @@ private:
         }
     }
 
-    // Every thread for itself: cheaper than to wait for another.
+    // Every thread computes this for itself, which is cheaper than waiting for another.
     Vectors<W> normalize_all(const float* weight, std::vector<float>& result) {
         for (int64_t row = 0; row < rows; ++row)
             normalize(&states[row * m.hidden], weight, &result[row * m.hidden], m.hidden, m.eps);
@@ -186,7 +187,7 @@ private:
         state = value + residual[n] * state;
     }
 
-    // Finish the queries, key and bias of one key-value head, and give the key a slot if it enters the window.
+    // Finishes the queries, key and bias of one key-value head, and stores the key if it enters the window.
     void insert(const Layer& layer, int64_t row, int64_t head) {
         const int64_t half = m.head_dim / 2, group = m.heads / m.kv_heads;
         float* own = &joined[row * width];
@@ -229,7 +230,7 @@ private:
         orders[slot] = order;
     }
 
-    // Attention of a group's queries to a part of the slots: largest score, sum of weights, weighted sum of values.
+    // Attends from a group's queries to a part of the slots: largest score, sum of weights, weighted sum of values.
     void attend(const Layer& layer, int64_t row, int64_t head, int64_t part, std::vector<float>& weights) {
         const int64_t group = m.heads / m.kv_heads, filled = std::min(slots, places[row] + 1);
         const int64_t first = filled * part / parts, number = filled * (part + 1) / parts - first;
@@ -267,7 +268,7 @@ private:
         }
     }
 
-    // The parts of one row's head together; every thread for itself.
+    // Combines the parts of one head of one row; every thread computes this for itself.
     void combine(int64_t pair, float* result) {
         const float* found = &partial[pair * parts * (m.head_dim + 2)];
         float largest = -INFINITE, sum = 0;
@@ -311,12 +312,12 @@ extern "C" void doge_step(const Model* model, int64_t rows, int64_t slots, int64
     }
 }
 
-// Reads sequences, none of them longer than the slots, behind one another: tokens, places and the sequences they belong
+// Reads concatenated sequences, none of them longer than the slots: tokens, places and the sequences they belong
 // to (number). logits: (rows, vocab) of the last tokens, which `ends` numbers.
 extern "C" void doge_read(const Model* model, int64_t rows, int64_t slots, int64_t threads, const int64_t* tokens,
                           const int64_t* places, const int64_t* sequences, int64_t number, const int64_t* ends,
                           float* logits) {
-    constexpr int64_t TOGETHER = 128;  // tokens of a thread, so that what it computes stays in its cache
+    constexpr int64_t TOGETHER = 128;  // tokens of a thread, so that its results stay in its cache
     std::unique_ptr<Barrier> everyone;
     std::unique_ptr<Step<WEIGHT, SLOT>> few, last;
 #pragma omp parallel num_threads(threads)
@@ -331,7 +332,7 @@ extern "C" void doge_read(const Model* model, int64_t rows, int64_t slots, int64
         {
             everyone = std::make_unique<Barrier>(team);
             last = std::make_unique<Step<WEIGHT, SLOT>>(*model, rows, slots, team, nullptr, nullptr);
-            if (number < 2 * LANES * team) {  // too few for each thread to have its own: all read each matrix once
+            if (number < 2 * LANES * team) {  // too few to divide among the threads: together they read each matrix once
                 few = std::make_unique<Step<WEIGHT, SLOT>>(*model, number, slots, team, places, sequences);
                 few->embed(tokens);
             }

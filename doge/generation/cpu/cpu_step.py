@@ -1,8 +1,7 @@
-"""The decoding step of a dense model on a CPU: a library of `cpu_step.cpp`, compiled once for this machine.
+"""The decoding step of a dense model on a CPU: the C++ library `cpu_step.cpp`, compiled once per machine.
 
-PyTorch's products of one row reach a third of the memory's bandwidth where the matrices are small, and between them a
-small model waits for the calls; one parallel region that does all of a step reads its weights nearly as fast as the
-memory gives them.
+With small matrices, PyTorch's products of one row reach a third of the memory's bandwidth, and a small model also waits
+for the calls between them. One parallel region for a whole step reads the weights at nearly the memory's speed.
 """
 
 import ctypes
@@ -23,7 +22,7 @@ import torch
 
 from doge.common.storage import StorageError, private_cache
 from doge.generation.int8 import Int8
-from doge.generation.prefill import Prompt, read_prompts
+from doge.generation.prefill import Prompt, prefill
 from doge.generation.weights import LayerWeights
 from doge.model.attention.cache import NO_KEY, Slots
 from doge.model.attention.window import KeyWindow
@@ -59,16 +58,16 @@ class _Model(Structure):
 
 
 class CpuStep:
-    """See `TorchStep`, whose results are these; the logits are float32.
+    """Computes the same as `TorchStep`, with logits in float32.
 
-    In bfloat16, where the processor multiplies pairs of it, the states of four rows and more are rounded to it before
-    each product, as PyTorch rounds all; otherwise they stay float32.
+    For bfloat16 weights on a processor that multiplies pairs of bfloat16, the states of four or more rows are rounded
+    to bfloat16 before each product, as PyTorch rounds all states; otherwise they stay float32.
     """
 
     def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):
         config, rotary = model.config, model.model.rotary_emb
         self._library = _library(*_types(model, layers))
-        self._lock = threading.Lock()  # a step's slots are written into the structures
+        self._lock = threading.Lock()  # each step writes its slots into the structures
         self._kept: list[torch.Tensor] = []  # what the structures point to
         self._layers = (_Layer * len(layers))()
         for own, found in zip(self._layers, layers, strict=True):
@@ -90,7 +89,7 @@ class CpuStep:
 
     @staticmethod
     def supports(model: DogeForCausalLM, layers: list[LayerWeights]) -> bool:
-        """Whether it takes such a model, and this machine can compile it; says once why not."""
+        """Whether the library supports the model and can be compiled here; a failed compilation is logged once."""
         if model.device.type != "cpu" or layers[0].experts is not None or model.dtype not in _TYPES:
             return False
         sizes = (model.config.hidden_size, model.config.intermediate_size)
@@ -99,6 +98,7 @@ class CpuStep:
         return _library(*_types(model, layers)) is not None
 
     def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool) -> torch.Tensor:
+        """See `TorchStep.__call__`."""
         chosen = torch.empty_like(tokens) if greedy else None
         logits = None if greedy else torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
         with self._lock:
@@ -109,16 +109,19 @@ class CpuStep:
             )  # fmt: skip
         return chosen if greedy else logits
 
-    def read(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-        """See `read_prompts`, which reads prompts longer than the window; what others all begin with is read once."""
+    def prefill(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        """See `doge.generation.prefill.prefill`, which reads the prompts that are longer than the window.
+
+        A prefix that all other prompts share is read once.
+        """
         slots = min(slots, self._window.size)
         long = [row for row, prompt in enumerate(prompts) if len(prompt) > slots]
         short = [row for row, prompt in enumerate(prompts) if len(prompt) <= slots]
         parts = []
         if long:
-            parts.append(read_prompts(self._read_by, [prompts[row] for row in long], slots))
+            parts.append(prefill(self._read_by, [prompts[row] for row in long], slots))
         if short:
-            parts.append(self._read_short([prompts[row] for row in short], slots))
+            parts.append(self._prefill_short([prompts[row] for row in short], slots))
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor(long + short, device="cpu").argsort()
@@ -126,8 +129,8 @@ class CpuStep:
         layers = zip(*(layers for _, layers in parts), strict=True)
         return logits, [Slots(*(torch.cat(states)[order] for states in zip(*each, strict=True))) for each in layers]
 
-    def _read_short(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
-        shared = _common_beginning(prompts) if len(prompts) > 1 else 0
+    def _prefill_short(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
+        shared = _common_prefix_length(prompts) if len(prompts) > 1 else 0
         found = [self._empty(1 if shared else len(prompts), slots) for _ in self._layers]
         if shared:
             self._advance([prompts[0][:shared]], found, 0)
@@ -136,7 +139,7 @@ class CpuStep:
         return self._advance([prompt[shared:] for prompt in prompts], found, shared), found
 
     def _advance(self, prompts: Sequence[Prompt], slots: list[Slots], begin: int) -> torch.Tensor:
-        """Go on with rows that hold ``begin`` tokens: the logits of the next tokens, (rows, vocab_size) float32."""
+        """Append prompts to rows that hold ``begin`` tokens: the next tokens' logits, (rows, vocab_size) float32."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
         rows = torch.arange(len(prompts), device="cpu").repeat_interleave(lengths)
@@ -180,9 +183,12 @@ class CpuStep:
         return self._kept[-1].data_ptr()
 
 
-def _common_beginning(prompts: Sequence[Prompt]) -> int:
-    """How many tokens all prompts begin with, short of a whole prompt."""
-    first, last = min(prompts), max(prompts)  # in the order of words, so that all others begin with what these share
+def _common_prefix_length(prompts: Sequence[Prompt]) -> int:
+    """The length of the prefix that all prompts share, shorter than any of them."""
+    first, last = (
+        min(prompts),
+        max(prompts),
+    )  # in lexicographic order
     longest = min(map(len, prompts)) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
@@ -192,14 +198,14 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _types(model: DogeForCausalLM, layers: list[LayerWeights]) -> tuple[torch.dtype, torch.dtype]:
-    """Of the matrices and of the slots."""
+    """The dtypes of the matrices and of the slots."""
     weight = layers[0].qkv
     return weight.data.dtype if isinstance(weight, Int8) else weight.dtype, model.dtype
 
 
 @functools.cache
 def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled library, from the cache if it was made before; None where it cannot be made, which is said."""
+    """The compiled library, from the cache if it is there; None if it cannot be compiled, which is logged."""
     compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))), None)
     try:
         if compiler is None:
@@ -208,7 +214,9 @@ def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
             str(_compiled(compiler, [*_FLAGS, f"-DWEIGHT={_TYPES[weight]}", f"-DSLOT={_TYPES[slot]}"]))
         )
     except (OSError, StorageError) as error:
-        _log.warning("The fast decoding step cannot be compiled (%s): PyTorch computes the same more slowly.", error)
+        _log.warning(
+            "The fast decoding step cannot be compiled (%s): PyTorch computes the same results, more slowly.", error
+        )
         return None
     library.doge_step.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 4]
     library.doge_read.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_void_p]
@@ -217,7 +225,7 @@ def _library(weight: torch.dtype, slot: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:
-    """The library's file, made unless this source, compiler and processor have made it. Raises OSError."""
+    """The library's file, compiled unless the cache has one of this source, compiler and processor. Raises OSError."""
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     parts = [_SOURCE.read_bytes(), _HEADER.read_bytes(), *map(str.encode, flags), version, _processor()]
     path = Path(private_cache(), f"decoding-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so")
@@ -232,7 +240,7 @@ def _compiled(compiler: str, flags: list[str]) -> Path:
 
 
 def _processor() -> bytes:
-    """What tells processors apart for which code differs: caches are shared between machines."""
+    """Identifies the processor's instruction set, because machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

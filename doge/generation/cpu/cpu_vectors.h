@@ -1,4 +1,4 @@
-// What a decoding step is made of: whole registers of floats, and products of a matrix with few or many vectors.
+// Building blocks of a decoding step: registers of floats, and products of a matrix with few or many vectors.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ inline void narrow(float value, bfloat16& result) {  // to nearest, ties to even
     result = static_cast<bfloat16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The floats that one register of this processor holds.
+// One register of floats.
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
@@ -85,9 +85,9 @@ inline float sum_of(Vector v) {
     return sum;
 }
 
-// e to the x, to float's last digit or two: two to a whole power times a polynomial. 0 below the smallest float.
+// exp(x) to the last digit or two of a float: a power of two times a polynomial. 0 below the smallest float.
 inline Vector exponential(Vector x) {
-    constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it leaves no digits behind the point
+    constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
     const Vector in_range = x < -87.f ? Vector{} - 87.f : (x > 88.f ? Vector{} + 88.f : x);
     const Vector power = (in_range * 1.44269504f + ROUND) - ROUND;
     const Vector rest = (in_range - power * 0.693359375f) + power * 2.12194440e-4f;  // log(2) in two parts
@@ -98,8 +98,8 @@ inline Vector exponential(Vector x) {
     return x < -87.f ? Vector{} : sum * reinterpret_cast<Vector>(bits);
 }
 
-// The product of two vectors. One row of a matrix after another is what the memory is read fastest by: several at a
-// time took a third longer. The four sums let the additions overlap.
+// The dot product of two vectors. Reading one row of a matrix after another is fastest: reading several at a time took a
+// third longer. The four sums let the additions overlap.
 template <class W>
 inline float dot(const W* row, const float* vector, int64_t size) {
     Vector sums[4] = {};
@@ -112,9 +112,9 @@ inline float dot(const W* row, const float* vector, int64_t size) {
     return sum;
 }
 
-constexpr int64_t FEW = 4;  // vectors that meet a matrix one by one
+constexpr int64_t FEW = 4;  // up to so many vectors are multiplied with a matrix one by one
 
-// How numbers of several vectors meet one of a matrix: `Number` has those of a vector that are multiplied at once.
+// How numbers of several vectors are multiplied with one of a matrix: `Number` holds a vector's numbers of one product.
 template <class W>
 struct Meeting {
     using Number = float;
@@ -124,7 +124,7 @@ struct Meeting {
     static Vector add(Vector sum, Vector numbers, const float* weight) { return sum + *weight * numbers; }
 };
 #ifdef __AVX512BF16__
-// Pairs of bfloat16, to which PyTorch rounds the states too, summed in float.
+// Pairs of bfloat16, summed in float; PyTorch rounds the states to bfloat16 too.
 template <>
 struct Meeting<bfloat16> {
     using Number [[gnu::may_alias]] = uint32_t;  // written into registers of floats
@@ -147,14 +147,14 @@ struct Meeting<bfloat16> {
 };
 #endif
 
-// Vectors that a matrix is multiplied with, and, where they are not few, the same turned: number i of all of them beside
-// one another, in whole registers.
+// Vectors that a matrix is multiplied with and, if there are many, their transpose in whole registers: number i of all
+// vectors next to each other.
 template <class W>
 struct Vectors {
     using Meet = Meeting<W>;
     const float* rows;
     int64_t number, size;
-    std::vector<Vector> turned;  // and so aligned to whole registers
+    std::vector<Vector> turned;  // aligned to whole registers
     int64_t padded = 0;
 
     Vectors(const float* rows, int64_t number, int64_t size) : rows(rows), number(number), size(size) {
@@ -168,8 +168,8 @@ struct Vectors {
     }
 };
 
-// Products of `ROWS` consecutive rows of a matrix with `PARTS` registers of turned vectors, where computing takes longer
-// than reading: a weight meets all of them at once. The rows after these, `ahead`, are fetched meanwhile.
+// Products of `ROWS` consecutive rows of a matrix with `PARTS` registers of transposed vectors, for when computing takes
+// longer than reading: each weight is multiplied with all of them at once. The next rows, `ahead`, are prefetched.
 template <int ROWS, int PARTS, class W, class Take>
 inline void products(const typename Meeting<W>::Weight* matrix, const W* ahead, const Vectors<W>& vectors,
                      int64_t column, Take take) {
@@ -187,7 +187,7 @@ inline void products(const typename Meeting<W>::Weight* matrix, const W* ahead, 
         for (int row = 0; row < ROWS; ++row) take(row, column + LANES * part, sums[row][part]);
 }
 
-// Some numbers in the type they are multiplied in; `room` is for those that are not of it.
+// Numbers converted to the type they are multiplied in; `room` holds them if they are of another type.
 inline const float* as_weights(const float* numbers, int64_t, std::vector<float>&) { return numbers; }
 #ifdef __AVX512BF16__
 inline const bfloat16* as_weights(const bfloat16* numbers, int64_t, std::vector<float>&) { return numbers; }
@@ -201,11 +201,11 @@ const float* as_weights(const W* numbers, int64_t number, std::vector<float>& ro
     return room.data();
 }
 
-// Calls take(row, vector, product) for the rows [first, last) of a matrix and every vector; or with the products of as
-// many vectors as a register holds, from one on, where `take` takes these.
+// Calls take(row, vector, product) for the rows [first, last) of a matrix and every vector; or, if `take` accepts
+// registers, with the products of as many vectors as a register holds, starting from `vector`.
 template <class W, class Take>
 void multiply(Matrix matrix, int64_t first, int64_t last, const Vectors<W>& vectors, Take take) {
-    constexpr int ROWS = LANES == 16 ? 8 : 6;  // with two registers of vectors: as many sums as there is room for
+    constexpr int ROWS = LANES == 16 ? 8 : 6;  // with two registers of vectors, as many sums as there are registers for
     const W* data = static_cast<const W*>(matrix.data);
     auto scale = [&](int64_t row) { return matrix.scale ? matrix.scale[row] : 1.f; };
     int64_t row = first;
@@ -239,7 +239,7 @@ void multiply(Matrix matrix, int64_t first, int64_t last, const Vectors<W>& vect
         }
 }
 
-// The largest of each vector's products and its row; the first of equals.
+// The largest of each vector's products and its row, the first among equals.
 class Best {
 public:
     explicit Best(int64_t number)
@@ -263,7 +263,7 @@ private:
     std::vector<Integers> rows_;
 };
 
-// Adds up rows of `PARTS` registers, each times its weight.
+// The weighted sum of rows of `PARTS` registers.
 template <int PARTS, class S>
 inline void mix(const S* values, const float* weights, int64_t number, int64_t stride, float* result) {
     Vector sums[PARTS] = {};

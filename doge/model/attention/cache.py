@@ -1,8 +1,8 @@
-"""A key-value cache of W slots a head, which decodes exactly and in constant memory at any length.
+"""A key-value cache of W slots per head, which decodes exactly and in constant memory at any length.
 
-A key that has left the window never comes back, so its slot can be given to another: a new key takes the slot of the
-smallest bias, the earliest among equals, or none where its own is smaller. Until the window is full the cache grows by
-doubling. Slots are in no order; each remembers the place of its key in the row.
+A key that has left the window never returns, so its slot can be reused: a new key takes the slot of the smallest bias
+(the earliest among equals), or no slot if its own bias is smaller. Until the window is full, the cache grows by
+doubling. Slots are in no order; each stores the place of its key in the row.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from doge.model.attention.window import KeyWindow, kept_keys, key_expiry, take_k
 
 FIRST_SLOTS = 64
 QUERY_CHUNK = 512  # queries masked at a time where several continue a cache
-NO_KEY = -(2**40)  # place of an empty slot: before every other
+NO_KEY = -(2**40)  # the place stored in an empty slot: before every other
 
 
 class Slots(NamedTuple):
-    """What a layer's cache holds; see `DogeCacheLayer`."""
+    """The tensors of a layer's cache; see `DogeCacheLayer`."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -29,15 +29,15 @@ class Slots(NamedTuple):
 
 
 class DogeCache(Cache):
-    """The cache of a Doge model, for `generate(past_key_values=...)`; `doge.generation` has the slots without it.
+    """The cache of a Doge model, for `generate(past_key_values=...)`.
 
-    No gradient flows into it, and what it has forgotten cannot be cropped back.
+    No gradient flows into it, and it cannot be cropped: a key that left the window is gone.
 
     Args:
-        config: of the model.
+        config: The model's configuration.
 
     Attributes:
-        packs_documents: whether it may be filled with documents packed in one row.
+        packs_documents: Whether it may be filled with documents packed in one row.
     """
 
     packs_documents: bool = False
@@ -61,7 +61,7 @@ class DogeCacheLayer(CacheLayerMixin):
         keys, values: (batch, kv_heads, slots, head_dim), the keys rotated.
         biases: (batch, kv_heads, slots) float32, -inf where a slot is empty.
         orders: (batch, kv_heads, slots) int64, the place of each key in its row; see `DogeAttention.forward`.
-        seen: tokens so far, those that were forgotten included.
+        seen: Number of tokens so far, including those whose keys have left the window.
     """
 
     is_compileable = False
@@ -81,12 +81,12 @@ class DogeCacheLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def fill(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, order: torch.Tensor | None) -> None:
-        """Begin with a prompt: of its keys the newest query's are kept.
+        """Start from a prompt, keeping the keys that its last query sees.
 
         Args:
             key, value: (batch, kv_heads, seq, head_dim).
             bias: (batch, kv_heads, seq) float32.
-            order: (batch or 1, seq), by default 0, 1, 2, ...
+            order: (batch or 1, seq) int64; by default 0, 1, 2, ...
         """
         order = self._orders(bias, order)
         kept = kept_keys(bias, self.window, order)
@@ -94,11 +94,11 @@ class DogeCacheLayer(CacheLayerMixin):
         self.seen = bias.shape[2]
 
     def attend(self, query, key, value, bias, order: torch.Tensor | None) -> torch.Tensor:
-        """Attention of the newest tokens to those of the cache and to their own, which it takes in.
+        """Add new tokens to the cache, and attend from them to the cached and the new keys.
 
         Args:
             query: (batch, heads, queries, head_dim).
-            key, value, bias, order: of the same tokens, as of `fill`; order goes on from the cache's.
+            key, value, bias, order: The same tokens' keys, as in `fill`; by default the order continues the cache's.
 
         Returns:
             (batch, queries, heads, head_dim).
@@ -114,7 +114,7 @@ class DogeCacheLayer(CacheLayerMixin):
         return attend_slots(query, self.keys, self.values, self.biases)
 
     def _attend_several(self, query, key, value, bias, order) -> torch.Tensor:
-        number = min(self.seen - query.shape[2], self.keys.shape[2])  # of slots that are taken
+        number = min(self.seen - query.shape[2], self.keys.shape[2])  # filled slots
         by_order = self.orders.argsort(dim=-1)[..., self.keys.shape[2] - number :]
         slots = (take_keys(states, by_order) for states in (self.keys, self.values, self.biases, self.orders))
         new = (key, value, bias, order)
@@ -133,20 +133,20 @@ class DogeCacheLayer(CacheLayerMixin):
         return torch.cat(chunks, dim=1)
 
     def _orders(self, bias: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """(batch, kv_heads, seq): the places of new tokens."""
+        """The places of new tokens, (batch, kv_heads, seq)."""
         if order is None:
             order = torch.arange(self.seen, self.seen + bias.shape[2], device=bias.device)
         return order.expand(bias.shape[0], -1)[:, None].expand(bias.shape)
 
     def _make_room(self, tokens: int) -> None:
-        """Grow, as far as the window, until the next tokens find empty slots."""
+        """Grow until the next tokens find empty slots, or the cache has as many slots as the window."""
         slots = self.keys.shape[2]
         needed = min(self.seen + tokens, self.window.size)
         if needed > slots:
             self._grow(min(max(needed, 2 * slots), self.window.size) - slots)
 
     def _replace(self, keys, values, biases, orders) -> None:
-        """Hold these, and as many empty slots as there were."""
+        """Replace the content, keeping the number of slots."""
         slots = self.keys.shape[2] if self.is_initialized else FIRST_SLOTS
         self.keys, self.values, self.biases, self.orders = keys, values, biases, orders
         self.is_initialized = True
@@ -157,17 +157,17 @@ class DogeCacheLayer(CacheLayerMixin):
         self.biases = F.pad(self.biases.float(), (0, number), value=-torch.inf).contiguous()
         self.orders = F.pad(self.orders, (0, number), value=NO_KEY).contiguous()
 
-    # ---------------------------------------------------------------- as transformers asks for it
+    # The interface of transformers' cache layers.
 
     @property
     def batch_size(self) -> int:
         return self.keys.shape[0] if self.is_initialized else -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise NotImplementedError("A Doge cache begins with the first prompt.")
+        raise NotImplementedError("A Doge cache is initialised by its first prompt: use fill.")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        raise NotImplementedError("A Doge cache also needs the biases of keys: use fill and attend.")
+        raise NotImplementedError("A Doge cache also stores the biases of keys: use fill and attend.")
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -186,7 +186,7 @@ class DogeCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows of these numbers, which may be repeated."""
+        """Keep the rows with these indices, which may repeat."""
         if self.is_initialized:
             self.keys, self.values, self.biases, self.orders = (
                 states.index_select(0, indices.to(states.device))
@@ -200,7 +200,9 @@ class DogeCacheLayer(CacheLayerMixin):
 
 
 def insert_key(keys, values, biases, orders, key, value, bias, order, window: KeyWindow) -> None:
-    """Take one key a row and head into slots of which none is empty unless the window is not full yet; in place.
+    """Insert one key per row and head in place: into an empty slot, or instead of the key that leaves the window.
+
+    There must be an empty slot unless the window is full.
 
     Args:
         keys, values, biases, orders: see `DogeCacheLayer`.
@@ -223,14 +225,14 @@ def insert_key(keys, values, biases, orders, key, value, bias, order, window: Ke
 
 
 def attend_slots(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """Attention of one token a row to all slots: (batch, heads, 1, head_dim) -> (batch, 1, heads, head_dim)."""
+    """Attend from one token per row to all slots: (batch, heads, 1, head_dim) -> (batch, 1, heads, head_dim)."""
     return _attend(query, keys, values, biases[:, :, None])
 
 
 def _attend(query, keys, values, mask) -> torch.Tensor:
     """Attention with an additive mask (batch, kv_heads, queries or 1, keys): (batch, queries, heads, head_dim).
 
-    The heads of a group attend together, as further queries of their key-value head.
+    The query heads of a group become further queries of their key-value head.
     """
     batch, heads, queries, head_dim = query.shape
     grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # (batch, kv_heads, groups * queries, head_dim)

@@ -1,13 +1,14 @@
-"""Dynamic mask attention on the CPU: torch's flash kernel, a document at a time, a chunk of queries at a time.
+"""Dynamic mask attention on the CPU, by torch's flash kernel: one document, or one chunk of queries, at a time.
 
-Nothing that is as long as a sequence is wide is ever made: beyond the window a chunk of queries meets the keys that
-were left before it, gathered, and its own. For the backward pass the output and the log-sum-exps are kept beside the
-inputs. To torch.compile it is one operation.
+Memory is linear in the length: beyond the window, a chunk of queries attends to the keys that are still alive when the
+chunk begins, gathered, and to its own. The backward pass needs only the inputs, the output and the log-sum-exps. For
+torch.compile it is a single operation.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,13 @@ from doge.model.attention.bias_folding import extend_query, fold_bias, num_extra
 from doge.model.attention.torch_sdpa import document_lengths
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
-QUERY_CHUNK = 256  # queries beyond the window that attend together: to no more than window + QUERY_CHUNK keys
+QUERY_CHUNK = 256  # queries beyond the window that attend together, to at most window + QUERY_CHUNK keys
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def cpu_attention(
+def cpu_flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -32,23 +33,23 @@ def cpu_attention(
     document_ends: Tensor | None,
     order: Tensor | None,
 ) -> Tensor:
-    """See `dynamic_mask_attention`; differentiable once."""
+    """`dynamic_mask_attention` on the CPU, without dropout; differentiable once."""
     return _attend(query, key, value, bias, document_ends, order, *astuple(window))[0]
 
 
-@torch.library.custom_op("doge::cpu_attention", mutates_args=())
+@torch.library.custom_op("doge::cpu_flash_attention", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, document_ends: Tensor | None, order: Tensor | None,
     window: int, num_sinks: int, num_local: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, and what the backward pass needs of it: with all channels, (rows, seq, heads, channels), and the
-    log-sum-exps, (rows, heads, seq); where documents are packed, all is one row."""
+    """The output (batch, seq, heads, head_dim), and for the backward pass the output with all channels, (rows, seq,
+    heads, channels), and the log-sum-exps, (rows, heads, seq). Packed documents make one row of the whole batch."""
     streams, pieces = _prepare(query, key, value, bias, document_ends, order, KeyWindow(window, num_sinks, num_local))
     heads, scale = query.shape[1], query.shape[-1] ** -0.5
     found = [_flash(*piece.inputs(*streams), scale=scale, **piece.options(heads)) for piece in pieces]
     wide = torch.cat([output.transpose(1, 2) for output, _ in found], dim=1)
     output = wide[..., : query.shape[-1]].reshape(query.transpose(1, 2).shape).contiguous()
-    if output.data_ptr() == wide.data_ptr():  # one token of one head: no output may be a view of another
+    if output.data_ptr() == wide.data_ptr():  # with one token of one head: no output may be a view of another
         output = output.clone()
     return output, wide, torch.cat([sums for _, sums in found], dim=2)
 
@@ -62,7 +63,7 @@ def _(query, key, value, bias, document_ends, order, window, num_sinks, num_loca
     return query.new_empty(batch, seq, heads, head_dim), wide, query.new_empty(rows, heads, tokens, dtype=sums)
 
 
-@torch.library.custom_op("doge::cpu_attention_backward", mutates_args=())
+@torch.library.custom_op("doge::cpu_flash_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor, wide: Tensor, sums: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     document_ends: Tensor | None, order: Tensor | None, window: int, num_sinks: int, num_local: int,
@@ -105,11 +106,13 @@ _attend.register_autograd(_differentiate, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class _Piece:
-    """Queries [start, stop) of a stream, and the keys before them that they meet: from ``first`` on, or ``left``.
+    """Queries [start, stop) that attend together, and the earlier keys that they may see.
 
     Args:
-        left: (rows, kv_heads, window) the keys that were left when the piece begins.
-        expiry: (rows, kv_heads, window + stop - start) the first queries that no longer see these and the own keys.
+        left: (rows, kv_heads, window) int64, indices of the keys that are still alive when the piece begins; None where
+            the piece is the first of its document.
+        expiry: (rows, kv_heads, window + stop - start), the first query that no longer sees each of those keys and of
+            the piece's own; None with ``left``.
     """
 
     start: int
@@ -118,6 +121,7 @@ class _Piece:
     expiry: Tensor | None = None
 
     def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+        """The piece's queries, and its keys and values repeated for every query head."""
         yield query[:, :, self.start : self.stop]
         for states in (key, value):
             found = states[:, :, self.start : self.stop]
@@ -126,7 +130,8 @@ class _Piece:
             groups = query.shape[1] // found.shape[1]
             yield found[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
-    def options(self, heads: int) -> dict:
+    def options(self, heads: int) -> dict[str, Any]:
+        """The masking arguments of the flash kernel."""
         if self.expiry is None:
             return {"is_causal": True, "attn_mask": None}
         queries = torch.arange(self.start, self.stop)[:, None]
@@ -135,7 +140,7 @@ class _Piece:
         return {"is_causal": False, "attn_mask": mask.repeat_interleave(heads // mask.shape[1], dim=1)}
 
     def add(self, grads: list[Tensor], found: tuple[Tensor, ...]) -> None:
-        """Add what was found for this piece to the gradients of the streams."""
+        """Add the piece's gradients ``found`` to the gradients of query, key and value."""
         grads[0][:, :, self.start : self.stop] = found[0]
         number = self.stop - self.start
         for grad, part in zip(grads[1:], found[1:], strict=True):
@@ -146,8 +151,8 @@ class _Piece:
 
 
 def _prepare(query, key, value, bias, document_ends, order, window) -> tuple[list[Tensor], list[_Piece]]:
-    """The inputs with the bias in further channels, (rows, heads, seq, channels) and token by token in memory, and what
-    attends together; where documents are packed, all rows are laid end to end."""
+    """The inputs with the bias folded in, (rows, heads, seq, channels) with tokens outermost in memory, and the pieces
+    that attend together. Packed documents make one row of the whole batch."""
     seq = query.shape[2]
     documents = [seq]
     streams = [extend_query(query), fold_bias(key, bias), pad_channels(value)]
@@ -160,7 +165,7 @@ def _prepare(query, key, value, bias, document_ends, order, window) -> tuple[lis
 
 
 def _pieces(bias: Tensor, window: KeyWindow, documents: list[int], order: Tensor | None) -> Iterator[_Piece]:
-    """What attends together: a whole document as far as the window, then chunks of queries."""
+    """Cut documents into pieces that attend together: as many queries as the window has keys, then chunks."""
     ends = list(itertools.accumulate(documents))
     for begin, end in zip([0, *ends], ends, strict=False):
         full = min(end, begin + window.size)
@@ -176,5 +181,5 @@ def _pieces(bias: Tensor, window: KeyWindow, documents: list[int], order: Tensor
 
 
 def _end_to_end(stream: Tensor) -> Tensor:
-    """Rows behind one another: (batch, heads, seq, channels) -> (1, heads, batch * seq, channels)."""
+    """Concatenate the rows of a batch: (batch, heads, seq, channels) -> (1, heads, batch * seq, channels)."""
     return stream.transpose(1, 2).reshape(1, -1, stream.shape[1], stream.shape[3]).transpose(1, 2)

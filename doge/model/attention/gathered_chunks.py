@@ -1,4 +1,4 @@
-"""Attention in time linear in the length, by a kernel that skips no key in the midst of others that live."""
+"""Attention in time linear in the length, by a kernel that cannot skip expired keys between live ones."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from doge.model.attention.window import survivors, take_keys
 
 
-def attend_in_chunks(
+def attend_gathered_chunks(
     attend: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
@@ -19,13 +19,18 @@ def attend_in_chunks(
     window: int,
     chunk: int,
 ) -> Tensor:
-    """``attend(query, key, value, bias, expiry)``, see `triton_attention`, by chunks of queries.
+    """Compute ``attend(query, key, value, bias, expiry)`` one chunk of queries at a time.
 
-    A chunk meets the at most ``window`` keys that its first query may still see, gathered, and its own. As many queries
-    of zeros stand before its own; what they find is dropped.
+    A chunk attends to the keys, at most ``window``, that its first query may still see, gathered, and to its own. Its
+    queries are preceded by ``window`` queries of zeros, whose outputs are dropped.
 
     Args:
-        chunk: queries of a chunk, no fewer than ``window``.
+        attend: A function with the arguments and the result of `triton_attention`.
+        window: Keys that a query sees at most.
+        chunk: Queries of a chunk, no fewer than ``window``.
+
+    Returns:
+        (batch, seq, heads, head_dim).
     """
     outputs = []
     for start in range(0, query.shape[2], chunk):
@@ -36,6 +41,6 @@ def attend_in_chunks(
         left = survivors(expiry, start, window)
         before = [take_keys(states, left) for states in (key, value, bias, expiry)]
         *inputs, lives = (torch.cat(pair, dim=2) for pair in zip(before, own[1:], strict=True))
-        lives = (lives - start).clamp(min=0) + window  # those that are gone end before the first query that counts
+        lives = (lives - start).clamp(min=0) + window  # expired keys end before the first real query
         outputs.append(attend(F.pad(own[0], (0, 0, window, 0)), *inputs, lives)[:, window:])
     return torch.cat(outputs, dim=1)

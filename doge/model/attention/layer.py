@@ -11,7 +11,7 @@ from doge.model.attention.dispatch import dynamic_mask_attention
 from doge.model.attention.window import KeyWindow
 from doge.model.configuration import head_dim
 
-PADDED_KEY_BIAS = -1e30  # stands for minus infinity: finite, so that no NaN arises where a query sees nothing else
+PADDED_KEY_BIAS = -1e30  # finite, so that a query that sees nothing else gets no NaN
 
 
 class DogeAttention(nn.Module):
@@ -48,10 +48,9 @@ class DogeAttention(nn.Module):
 
         Args:
             position_embeddings: cosines and sines, each (batch or 1, seq, head_dim).
-            document_ends: see `dynamic_mask_attention`; ignored with a cache that already holds tokens.
-            order: (batch or 1, seq) int64, each token's place in its row, negative at padding, to which no query may
-                attend.
-            past_key_values: the new keys and values are added to it.
+            document_ends: See `dynamic_mask_attention`; ignored with a cache that already holds tokens.
+            order: (batch or 1, seq) int64, each token's place in its row; negative at padding, which no query sees.
+            past_key_values: Cache that the new keys and values are added to.
         """
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape))

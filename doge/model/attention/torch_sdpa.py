@@ -1,4 +1,4 @@
-"""Dynamic mask attention by torch's `scaled_dot_product_attention` alone, on any device and with dropout."""
+"""Dynamic mask attention by torch's `scaled_dot_product_attention`, on any device and with dropout."""
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +7,10 @@ from torch.utils.checkpoint import checkpoint
 from doge.model.attention.bias_folding import extend_query, fold_bias, pad_channels
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
-QUERY_CHUNK = 512  # queries masked at a time beyond the window: memory is QUERY_CHUNK x keys, not queries x keys
+QUERY_CHUNK = 512  # queries beyond the window that are masked at a time: a mask has QUERY_CHUNK x keys elements
 
 
-def stock_attention(
+def sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -20,7 +20,7 @@ def stock_attention(
     order: torch.Tensor | None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """See `dynamic_mask_attention`."""
+    """`dynamic_mask_attention` by PyTorch alone."""
     batch, heads, seq, head_dim = query.shape
     options = {"scale": head_dim**-0.5, "dropout_p": dropout_p, "enable_gqa": heads != key.shape[1]}
     streams = (extend_query(query), fold_bias(key, bias), pad_channels(value), bias.detach()[..., None])
@@ -36,14 +36,14 @@ def stock_attention(
 
 
 def document_lengths(document_ends: torch.Tensor) -> list[int]:
-    """Lengths of the documents, over the rows laid end to end; reads them back from the device."""
+    """Lengths of all rows' documents in order; reads them back from the device."""
     batch, seq = document_ends.shape
     rows = torch.arange(batch, device=document_ends.device)[:, None] * seq
     return (document_ends + rows).flatten().unique_consecutive(return_counts=True)[1].tolist()
 
 
 def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
-    """One document's attention: (batch, seq, heads, channels)."""
+    """Attention within one document per row: (batch, seq, heads, channels)."""
     seq = query.shape[2]
     if seq <= window.size:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options).transpose(1, 2)
@@ -51,7 +51,7 @@ def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
     chunks = []
     for start in range(0, seq, QUERY_CHUNK):
         inputs = (query[:, :, start : start + QUERY_CHUNK], key, value, expiry, start, window.size, options)
-        if torch.is_grad_enabled():  # otherwise every chunk's mask would be kept for the backward pass
+        if torch.is_grad_enabled():  # recomputed, or every chunk's mask would be kept for the backward pass
             chunks.append(checkpoint(_attend_interval, *inputs, use_reentrant=False))
         else:
             chunks.append(_attend_interval(*inputs))
@@ -59,7 +59,7 @@ def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
 
 
 def _attend_interval(query, key, value, expiry, first, window, options):
-    """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j`: those left and their own."""
+    """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j`."""
     stop = first + query.shape[2]
     j = torch.arange(stop, device=query.device).expand(*expiry.shape[:2], -1)
     if first > window:

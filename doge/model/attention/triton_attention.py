@@ -1,18 +1,18 @@
-"""Causal attention with a bias and a lifetime per key, as Triton kernels: dynamic mask attention on a GPU.
+"""Dynamic mask attention on a GPU: causal attention with a bias and a lifetime per key, by Triton kernels.
 
 The score of query i and key j is `q_i . k_j / sqrt(head_dim) + bias_j`, and key j is seen by the queries
-`j <= i < expiry_j`; `doge.model.attention` says how dynamic masks and packed documents become such intervals. No mask
-is materialised: memory is linear in the length, but for lists of key blocks of 4 bytes for each pair of blocks.
+`j <= i < expiry_j`; `doge.model.attention` tells how dynamic masks and packed documents become such intervals. No mask
+is materialised: memory is linear in the length, except for lists of key blocks with 4 bytes per pair of blocks.
 
-The algorithm is that of flash attention 2 (Dao, 2023).
+The algorithm is that of FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
 
-For each block of queries the key blocks wholly in its past fall into three kinds: those whose keys have all expired
-are not visited, those whose keys are all alive need no mask, and the rest are masked by expiry. Only the blocks on the
-diagonal are masked by causality. Seen from a block of keys, the queries of each kind are a range.
+For each block of queries, the key blocks wholly in its past are of three kinds: blocks whose keys have all expired are
+skipped, blocks whose keys are all alive need no mask, and the others are masked by expiry. Only blocks on the diagonal
+are masked by causality. For a block of keys, the queries of each kind are a range.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ LARGE_SHARED_MEMORY = 200 * 1024  # bytes; data centre GPUs since H100 have more
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: attention and the query's gradient go by `queries` x `keys`, the key's by the transpose."""
+    """Block sizes: attention and the query's gradient use `queries` x `keys`, the key's gradient the transpose."""
 
     queries: int
     keys: int
@@ -36,23 +36,23 @@ class Blocks(NamedTuple):
 
 
 def supports(query: torch.Tensor) -> bool:
-    """Whether the kernels take queries (..., head_dim) of this width and dtype on this device.
+    """Whether the kernels support queries (..., head_dim) of this width and dtype on this device.
 
-    They run on NVIDIA GPUs of compute capability 8.0 or later, and on the CPU, slowly, under `TRITON_INTERPRET=1`.
+    They run on NVIDIA GPUs of compute capability 8.0 or later, and slowly on the CPU under `TRITON_INTERPRET=1`.
     """
-    return refusal(query.device, query.dtype, query.shape[-1]) is None
+    return unsupported_reason(query.device, query.dtype, query.shape[-1]) is None
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernels do not take such queries; None if they do."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels do not support such queries; None if they do."""
     if triton is None:
         return "Triton is not installed"
     if not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
-        return f"head_dim is {head_dim}, and they take 16, 32, 64, 128 and 256"
+        return f"head_dim is {head_dim}, and they support 16, 32, 64, 128 and 256"
     if triton.knobs.runtime.interpret:  # its products of bfloat16 are wrong
         return None if dtype in (torch.float16, torch.float32) else f"Triton's interpreter has no {dtype}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"they do not take {dtype}"
+        return f"they do not support {dtype}"
     if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] < 8:
         return "they need an NVIDIA GPU of compute capability 8.0 or later"
     return None
@@ -65,14 +65,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads may use."""
+    """Shared memory that a block of threads may use, in bytes."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def choose_blocks(query: torch.Tensor) -> tuple[Blocks, Blocks]:
-    """The blocks of the forward and of the backward pass, about as PyTorch's flex attention chooses them."""
+    """The blocks of the forward and of the backward pass, close to the choice of PyTorch's flex attention."""
     head_dim = query.shape[-1]
-    if query.dtype == torch.float32 or not query.is_cuda:  # exact, not fast
+    if query.dtype == torch.float32 or not query.is_cuda:  # exact rather than fast
         blocks = Blocks(32, 32, 4, 1) if head_dim <= 128 else Blocks(16, 16, 4, 1)
         return blocks, blocks
     if head_dim > 128:
@@ -86,21 +86,24 @@ def choose_blocks(query: torch.Tensor) -> tuple[Blocks, Blocks]:
 def triton_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, expiry: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of each query i to the keys j with `j <= i < expiry_j`; differentiable but for the expiry.
+    """Attention of each query i to the keys j with `j <= i < expiry_j`; differentiable in all but the expiry.
 
     Args:
-        query: (batch, heads, seq, head_dim), rotated; one that `supports` accepts.
+        query: (batch, heads, seq, head_dim), rotated; `supports` must accept it.
         key, value: (batch, kv_heads, seq, head_dim), the key rotated; heads is a multiple of kv_heads.
         bias: (batch, kv_heads, seq), float32, added to the scores of each key; a key of PADDED_KEY_BIAS is never seen.
         expiry: (batch, kv_heads, seq), int32, the first query that no longer sees each key; `None`: no key expires.
 
     Returns:
         (batch, seq, heads, head_dim) in the query's dtype, zero where a query sees no key.
+
+    Raises:
+        ValueError: `supports` declines the query.
     """
     if not supports(query):
         raise ValueError(
-            f"The attention kernels do not take {query.dtype} queries of head_dim {query.shape[-1]} on {query.device}: "
-            "ask `supports` first and use doge.model.attention.dynamic_mask_attention where it declines."
+            f"The attention kernels do not support {query.dtype} queries of head_dim {query.shape[-1]} on "
+            f"{query.device}: use doge.model.attention.dynamic_mask_attention."
         )
     return _TritonAttention.apply(query, key, value, bias, expiry)
 
@@ -163,7 +166,7 @@ class _TritonAttention(torch.autograd.Function):
 
 
 def _with_dense_rows(states: torch.Tensor) -> torch.Tensor:
-    """The same, copied only where the channels of a token do not lie side by side."""
+    """The same tensor, copied only if the channels of a token are not contiguous."""
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
@@ -172,7 +175,7 @@ def _strides_by_head(states: torch.Tensor) -> tuple[int, int, int]:
     return states.stride(0), states.stride(2), states.stride(1)
 
 
-def _common_options(query, key, expiry, blocks) -> dict:
+def _common_options(query, key, expiry, blocks) -> dict[str, Any]:
     """The arguments that all attention kernels share."""
     heads, seq, head_dim = query.shape[1:]
     return {
@@ -185,7 +188,7 @@ def _common_options(query, key, expiry, blocks) -> dict:
         "KEYS": blocks.keys,
         "EXPIRES": expiry is not None,
         "RAGGED": seq % max(blocks.queries, blocks.keys) != 0,
-        # Three products of TF32, 10 bits each, are nearly one of float32; the option means nothing to other dtypes.
+        # Three products of TF32, 10 bits each, are nearly one of float32; other dtypes ignore the option.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
@@ -193,12 +196,12 @@ def _common_options(query, key, expiry, blocks) -> dict:
 
 
 def _list_key_blocks(expiry, seq, blocks):
-    """For each block of queries the blocks of keys in its past to visit; `(None, None)` without expiry.
+    """The blocks of keys in its past that each block of queries visits; `(None, None)` without expiry.
 
     Returns:
         lists: (batch, kv_heads, query_blocks, key_blocks) int32, from the left the blocks that need no mask, from the
             right those that do, undefined between.
-        counts: (batch, kv_heads, query_blocks, 2) int32, how many of either.
+        counts: (batch, kv_heads, query_blocks, 2) int32, the number of each.
     """
     if expiry is None:
         return None, None

@@ -1,10 +1,10 @@
-"""The programs that run on a GPU: attention and its gradients, block by block; see `triton_attention`. Needs Triton."""
+"""The Triton kernels of `triton_attention`: attention and its gradients, one block at a time."""
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LEAST_SCORE = tl.constexpr(-1e29)  # beside it a padded key weighs nothing: PADDED_KEY_BIAS is less
+LEAST_SCORE = tl.constexpr(-1e29)  # above PADDED_KEY_BIAS, so that a padded key weighs nothing
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def fill_lists(expiry, lists, counts, seq, key_blocks, QUERIES: tl.constexpr, KE
 
 @triton.jit
 def _load_rows(states, start, stride, seq, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """(ROWS, HEAD_DIM) from token `start` on; zero from token `seq` on if CHECK."""
+    """Load (ROWS, HEAD_DIM) from token `start` on; zero from token `seq` on if CHECK."""
     rows = tl.arange(0, ROWS)
     states += start * tl.cast(stride, tl.int64)
     pointers = states + rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
@@ -61,7 +61,7 @@ def _store_rows(states, tile, start, stride, seq, ROWS: tl.constexpr, HEAD_DIM: 
 
 @triton.jit
 def _head(states, batch, head, batch_stride, head_stride):
-    """Where a head of a row of the batch begins."""
+    """Pointer to the start of a head in a row of the batch."""
     return states + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
 
 
@@ -71,7 +71,7 @@ def _scores(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, EXPIRES: tl.constexpr,
     CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in powers of two, (QUERIES, KEYS), minus infinity where a key is not seen; and the keys."""
+    """Base-2 scores (QUERIES, KEYS), minus infinity where a key is not seen; and the keys."""
     key = _load_rows(key_head, start, key_stride, seq, KEYS, HEAD_DIM, CHECK)
     j = start + tl.arange(0, KEYS)
     bias_head += start * tl.cast(bias_stride, tl.int64)
@@ -99,7 +99,7 @@ def _attend_to_blocks(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr,
     EXPIRES: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds key blocks `first` to `last`, or those that `blocks` lists there, to the running softmax."""
+    """Add key blocks `first` to `last`, or those that `blocks` lists there, to the running softmax."""
     for index in range(first, last):
         block = tl.load(blocks + index) if LISTED else index
         start = block * KEYS
@@ -125,7 +125,7 @@ def attend(
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The output of one block of queries of one head, and the logarithms of the sums of its weights."""
+    """The output of one block of queries of one head, and the base-2 logarithms of the sums of its weights."""
     query_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -179,7 +179,7 @@ def attend(
     output = _head(output, batch, head, output_batch, output_head)
     _store_rows(output, total, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
     rows = tl.program_id(1).to(tl.int64) * seq + i
-    # Of an infinite sum, the weights that the backward pass recomputes are zero.
+    # With an infinite sum, the backward pass recomputes weights of zero.
     tl.store(log_sum + rows, tl.where(seen, maximum + tl.log2(row_sum), float("inf")), mask=i < seq)
 
 
@@ -188,7 +188,7 @@ def sum_output_products(
     output, output_grad, delta, output_batch, output_head, output_token, grad_batch, grad_head, grad_token,
     heads, seq, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta (batch, heads, seq): the products of output and its gradient, summed over the channels."""
+    """delta (batch, heads, seq): the products of the output and its gradient, summed over the channels."""
     start = tl.program_id(0) * BLOCK
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -207,7 +207,7 @@ def _query_gradient_of_blocks(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr,
     EXPIRES: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what key blocks `first` to `last`, or those that `blocks` lists there, give to the gradient."""
+    """Add to the gradient the parts of key blocks `first` to `last`, or of those that `blocks` lists there."""
     for index in range(first, last):
         block = tl.load(blocks + index) if LISTED else index
         start = block * KEYS
@@ -294,7 +294,7 @@ def _key_gradients_of_blocks(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     EXPIRES: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what query blocks `first` to `last` give to the gradients of a block of keys; tiles: keys x queries."""
+    """Add the parts of query blocks `first` to `last` to a block of keys' gradients; tiles are keys x queries."""
     for block in range(first, last):
         start = block * QUERIES
         i = start + tl.arange(0, QUERIES)

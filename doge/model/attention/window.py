@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import torch
 from transformers import DogeConfig
 
-BLOCK = 128  # queries looked at together: the work grows with it, the number of operations falls
+BLOCK = 128  # queries processed together: a larger block is more work in fewer operations
 
 
 @dataclass(frozen=True)
 class KeyWindow:
-    """How many keys a query keeps, and which whatever their bias.
+    """How many keys a query sees, and which of them whatever their bias.
 
     Args:
-        size: `keep_window_size`, the keys that a query sees at most.
-        num_sinks: of them, the first keys of a document.
-        num_local: of them, the last keys, the query's own included; 1 forces a query to see itself.
+        size: `keep_window_size`, the number of keys that a query sees at most.
+        num_sinks: Places in the window that are reserved for the first keys of a document.
+        num_local: Places in the window that are reserved for the last keys, the query's own included; with 1, every
+            query sees itself.
     """
 
     size: int
@@ -24,36 +25,37 @@ class KeyWindow:
 
     @staticmethod
     def of(config: DogeConfig) -> "KeyWindow":
+        """The window of a configuration."""
         sinks, local = (getattr(config, name, 0) for name in ("num_sink_keys", "num_local_keys"))
         return KeyWindow(config.keep_window_size, sinks, local)
 
     def ranking(self, bias: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """Biases by which keys compete, those of sinks being infinite.
+        """The biases by which keys compete; those of sinks are infinite.
 
         Args:
             bias: (..., seq).
-            order: (..., seq) int64, the place of each key in its document; negative before its beginning.
+            order: (..., seq) int64, the place of each key in its document; negative at padding before it.
         """
         return bias.masked_fill((order >= 0) & (order < self.num_sinks), torch.inf) if self.num_sinks else bias
 
 
 def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
-    """The first query that no longer sees each key; of equal biases the later key is kept.
+    """The first query that no longer sees each key; among equal biases the later key is kept.
 
-    A key is seen for as long as fewer than W of the keys so far are larger. Where a block of n queries begins, W keys
-    are left; the n smallest of these and of the block's own are those that go during the block, each with the n-th
-    arrival that is too many for it. One sort and one comparison of n by n a block, for all rows and heads at once:
+    A key is seen as long as fewer than W of the keys so far are larger. At the start of a block of n queries W keys are
+    alive; the n smallest of these and the block's own keys are pushed out during the block, each by the arrival that
+    makes W keys larger than it. That takes one sort and one n x n comparison per block, for all rows and heads at once:
     O(seq (W log W / n + n)) operations, none of which waits for a device.
 
-    Local keys do not compete before they are `num_local` old, for the places that local keys leave.
+    Keys compete only from the age `num_local` on, and for the places that are not reserved for local keys.
 
     Args:
-        bias: (..., seq), compared only.
-        window: whose size may be larger than seq.
+        bias: (..., seq), only compared.
+        window: Its size may be larger than seq.
         order: (..., seq), see `KeyWindow.ranking`; by default 0, 1, 2, ...
 
     Returns:
-        (..., seq) int64; seq where the key is never pushed out, and j itself where key j never enters the window.
+        (..., seq) int64; seq if the key is never pushed out, and j itself if key j never enters the window.
     """
     seq = bias.shape[-1]
     expiry = torch.full(bias.shape, seq, device=bias.device)
@@ -84,11 +86,11 @@ def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None
 def lifetimes(
     bias: torch.Tensor, window: KeyWindow, document_ends: torch.Tensor | None, order: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """`key_expiry` with documents, none of whose keys outlives it: (batch, kv_heads, seq), `None` where none expires.
+    """`key_expiry` within documents, at whose end their keys expire: (batch, kv_heads, seq); `None` if no key expires.
 
     Args:
         bias: (batch, kv_heads, seq).
-        document_ends, order: see `dynamic_mask_attention`.
+        document_ends, order: See `dynamic_mask_attention`.
     """
     seq = bias.shape[-1]
     if document_ends is None:
@@ -107,15 +109,15 @@ def lifetimes(
 
 
 def take_keys(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of some keys: (batch, kv_heads, keys, ...) and (batch, kv_heads, n) -> (batch, kv_heads, n, ...)."""
+    """Gather keys by index: (batch, kv_heads, keys, ...) and (batch, kv_heads, n) -> (batch, kv_heads, n, ...)."""
     return states.gather(2, index if states.ndim == 3 else index[..., None].expand(-1, -1, -1, states.shape[-1]))
 
 
 def survivors(expiry: torch.Tensor, start: int, number: int) -> torch.Tensor:
-    """The keys before ``start`` that its query may still see, oldest first and filled up with some that are gone.
+    """The keys before ``start`` that query ``start`` may still see, oldest first, filled up with expired ones.
 
     Args:
-        expiry: (..., seq), see `lifetimes`; at most ``number`` of the keys before outlive ``start``.
+        expiry: (..., seq), see `lifetimes`; at most ``number`` of the earlier keys may be alive at ``start``.
 
     Returns:
         (..., number) int64 indices.
@@ -126,7 +128,8 @@ def survivors(expiry: torch.Tensor, start: int, number: int) -> torch.Tensor:
 def kept_keys(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
     """The keys that the newest query sees, oldest first: (..., min(seq, W)) int64 indices.
 
-    Args: as of `key_expiry`.
+    Args:
+        bias, window, order: See `key_expiry`.
     """
     seq = bias.shape[-1]
     every = torch.arange(seq, device=bias.device)

@@ -1,0 +1,240 @@
+"""The root of a storage.
+
+A local root is served in place. A remote one is read through a local cache, so that shards can be memory-mapped, and
+written by uploading a finished local file. Either way a file appears whole or not at all.
+
+A Storage can be sent to other processes. One whose root is a directory of the driver is opened in place by processes
+that see the directory, and through the driver by those that do not.
+"""
+
+import copy
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from doge.common.errors import UserError
+from doge.common.storage.local_files import PARTIAL, commit, remove
+from doge.common.storage.remote_cache import RemoteCache
+from doge.common.storage.sentences import StorageError, in_sentences
+
+_MARKER = ".shared"  # ends the name of the file by which a process recognises the driver's directory
+
+
+class Storage:
+    """Files below one root, named by relative POSIX paths.
+
+    Args:
+        root: A local path (``~`` is expanded) or a URI such as ``s3://bucket/prefix``.
+        cache: Local directory for copies of remote files. By default each process uses its own `default_cache`.
+        filesystem: File system to reach the root through, instead of the one that the root names. If its
+            ``atomic_renames`` is true, its ``mv`` flushes the file and then replaces the target at once.
+        marker: Local path of a file in the root's own directory. A process that sees this file opens the directory in
+            place; only other processes go through ``filesystem``.
+
+    Every method raises StorageError if the root cannot be reached, may not be used, or is on a full disk.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        cache: str | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+        marker: str | None = None,
+    ):
+        if "://" not in root:
+            root = os.path.abspath(os.path.expanduser(root))
+        self.root = root.rstrip("/")
+        self._arguments = cache, filesystem, marker
+        if filesystem is None or (marker is not None and os.path.exists(marker)):
+            self._filesystem, self._base = _open_root(self.root)
+        else:
+            self._filesystem, self._base = filesystem, self.root
+        protocols = self._filesystem.protocol
+        self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+        self._marker = marker if self.is_local else None
+        self._cache = RemoteCache(cache)
+
+    def __truediv__(self, prefix: str) -> "Storage":
+        below = copy.copy(self)
+        below.root, below._base = f"{self.root}/{prefix}".rstrip("/"), f"{self._base}/{prefix}".rstrip("/")
+        return below
+
+    def __copy__(self) -> "Storage":
+        same = object.__new__(Storage)
+        same.__dict__.update(self.__dict__)
+        return same
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.root, *self._arguments)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the same files are reached from every machine of the cluster."""
+        return not self.is_local or self._arguments[1] is not None
+
+    def path(self, name: str) -> str:
+        """The full path or URI of ``name``."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or directory ``name``."""
+        with self._in_sentences():
+            return bool(self._filesystem.exists(f"{self._base}/{name}"))
+
+    def size(self, name: str) -> int:
+        """The size of a file in bytes. Raises FileNotFoundError."""
+        with self._in_sentences():
+            return int(self._filesystem.info(f"{self._base}/{name}")["size"])
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Sorted names of the files and directories directly under ``prefix`` (nothing if it does not exist)."""
+        found = (path.rsplit("/", 1)[-1] for path in self._list(prefix))
+        return sorted(name for name in found if name and not name.endswith((PARTIAL, _MARKER)))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole content of ``name``, never from the cache. Raises FileNotFoundError."""
+        with self._in_sentences():
+            content: bytes = self._filesystem.cat_file(f"{self._base}/{name}")
+            return content
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write ``name`` whole or not at all."""
+        self.write(name, lambda path: Path(path).write_bytes(content))
+
+    def write(self, name: str, fill: Callable[[str], object]) -> None:
+        """Let ``fill(local_path)`` make a file or a directory, then let it appear as ``name`` at once.
+
+        The commit is one rename if the root's file system has renames (two if a directory replaces another), else an
+        upload. An uploaded directory is complete only once a file that its reader checks (a manifest) says so.
+        """
+        target = f"{self._base}/{name}"
+        parent, last = target.rsplit("/", 1)
+        temporary = f"{parent}/.{last}.{uuid.uuid4().hex}{PARTIAL}"
+        if not self.is_local:
+            self._upload(name, fill, target, temporary)
+            return
+        try:
+            with self._in_sentences():
+                os.makedirs(parent, exist_ok=True)
+                fill(temporary)
+                commit(temporary, target)
+        finally:
+            remove(temporary)
+
+    def local(self, name: str, again: bool = False) -> str:
+        """A local path with the content of ``name``; a remote file is fetched into the cache once.
+
+        Only for files that never change under their name; ``again`` replaces a copy that turned out to be damaged.
+        Raises FileNotFoundError.
+        """
+        if self.is_local:
+            path = f"{self._base}/{name}"
+            with self._in_sentences():
+                os.stat(path)
+            return path
+        path = self._cached(name)
+        if again or not os.path.exists(path):
+            with self._cache.staging() as temporary, self._in_sentences(self._cache.folder):
+                self._filesystem.get_file(f"{self._base}/{name}", temporary)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                os.replace(temporary, path)
+        return path
+
+    def forget(self, name: str) -> None:
+        """Drop the cached copies of a remote file, or of everything below a directory; `local` then fetches again."""
+        if not self.is_local:
+            remove(self._cached(name))
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a directory, if it exists."""
+        with suppress(FileNotFoundError), self._in_sentences():
+            self._filesystem.rm(f"{self._base}/{name}", recursive=True)
+        self.forget(name)
+
+    def sweep(self) -> None:
+        """Remove unfinished files of killed writers directly under the root. Only safe while nobody writes there."""
+        for path in self._list(""):
+            if path.endswith(PARTIAL):
+                with suppress(FileNotFoundError), self._in_sentences():
+                    self._filesystem.rm(path, recursive=True)
+
+    def _list(self, prefix: str) -> list[str]:
+        try:
+            with self._in_sentences():
+                found = self._filesystem.ls(f"{self._base}/{prefix}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(path).rstrip("/") for path in found]
+
+    def _upload(self, name: str, fill: Callable[[str], object], target: str, temporary: str) -> None:
+        renames = getattr(self._filesystem, "atomic_renames", False)
+        with self._cache.staging() as path:
+            with in_sentences(self._cache.folder):
+                fill(path)
+            is_directory = os.path.isdir(path)
+            put = self._filesystem.put if is_directory else self._filesystem.put_file
+            options = {"recursive": True} if is_directory else {}
+            with self._in_sentences():
+                if renames:
+                    try:
+                        put(path, temporary, **options)
+                        self._filesystem.mv(temporary, target)
+                    except BaseException:
+                        with suppress(Exception):
+                            self._filesystem.rm(temporary, recursive=True)
+                        raise
+                else:
+                    if is_directory:
+                        self.delete(name)  # put would place it inside the old directory
+                    put(path, target, **options)
+        self.forget(name)
+
+    def _cached(self, name: str) -> str:
+        """Path of the local copy of ``name``; the host tells apart disks that the path alone does not."""
+        return self._cache.path(f"{getattr(self._filesystem, 'host', '')}/{self.path(name)}")
+
+    @contextmanager
+    def _in_sentences(self, place: str | None = None) -> Iterator[None]:
+        """Turn errors of the root, and of the directory ``place`` that is used with it, into StorageErrors."""
+        if self._marker is not None:
+            check_marker(self.root, self._marker)
+        with in_sentences(place or self.root, self.root, remote=not self.is_local):
+            yield
+
+
+def check_marker(root: str, marker: str) -> None:
+    """Raise StorageError unless the root still has its marker."""
+    if not os.path.exists(marker):
+        raise StorageError(
+            f"The storage {root} has vanished (its disk was unmounted or its directory removed): bring it back and "
+            "run the same command again."
+        )
+
+
+def marker_name() -> str:
+    """A new name for a marker file; `Storage.names` leaves markers out."""
+    return f".{uuid.uuid4().hex}{_MARKER}"
+
+
+def _open_root(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a root and the root's path in it."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(root)
+        return filesystem, path
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or "the missing package"
+        raise UserError(
+            f"The storage {root} cannot be opened ({error}): pip install {package} on every machine of the cluster."
+        ) from error
+    except Exception as error:  # each file system raises errors of its own
+        raise UserError(
+            f"The storage {root} cannot be opened ({error}): give a directory, or a URI such as s3://bucket/doge."
+        ) from error
