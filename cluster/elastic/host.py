@@ -32,8 +32,8 @@ ENVIRONMENT = {
 class Host:
     """The actor's class; `start_host` starts one.
 
-    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread, the other methods answer at
-    any time.
+    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread, the other methods answer
+    at any time.
     """
 
     def __init__(self, name: str):

@@ -22,6 +22,7 @@ from doge.reporting.tracking import Tracker
 if TYPE_CHECKING:
     from cluster.elastic.seat_trainer import Seats
     from data_pipelines.order.plan import Plan
+    from doge.training.state.run_position import RunPosition
 
 
 def pretrain(recipe: Recipe, start_from: str | None = None) -> Summary:
@@ -53,7 +54,7 @@ class Run:
         self.directory = self.storage / f"runs/{recipe.name}"
         self.console = Console(recipe.training.max_steps, recipe.training.logging_steps)
         self._board: Any = None
-        self._start: dict[str, Any] | None = None  # what the checkpoint to start from remembers
+        self._start: RunPosition | None = None  # where the checkpoint to start from stands
 
     def finished(self) -> Summary | None:
         """The summary of this very run, if it has been finished before."""
@@ -116,7 +117,7 @@ class Run:
                 return load_plan(self.storage, self.directory.read_bytes("data_plan").decode())
         plan = make_plan(recipe.data, recipe.tokenizer, self.storage, self.console.say)
         check_vocabulary(plan.open_tokenizer(self.storage), recipe.model.build().vocab_size)
-        if self._start and (used := self._start["position"]["tokenizer"]) != plan.tokenizer_fingerprint:
+        if self._start and (used := self._start.tokenizer) != plan.tokenizer_fingerprint:
             names = (n for n in self.storage.names("tokenizers") if n.endswith(".sha256"))
             same = [n for n in names if self.storage.read_bytes(f"tokenizers/{n}").decode() == used]
             path = self.storage.path(f"tokenizers/{same[0].removesuffix('.sha256')}") if same else "DIRECTORY"
@@ -134,24 +135,26 @@ class Run:
         import ray.train
 
         from cluster.elastic.coordinator import open_coordinator
-        from cluster.elastic.host import HostConfig
         from cluster.elastic.seat import SeatConfig, take_seat
         from cluster.elastic.seat_trainer import SeatTrainer
+        from cluster.elastic.workload import Job
         from cluster.machines.head_storage import share
+        from cluster.runs.pretraining_phases import pretraining_settings
 
         recipe, board = self.recipe, open_board()
         self._board = board
         storage = share(self.storage)
-        config = HostConfig(
-            recipe=recipe,
+        start_from = share(Storage(self.start_from)) if self.start_from else None
+        job = Job(
+            name=recipe.name,
+            workload="cluster.workloads.training:TrainingWorkload",
+            settings=pretraining_settings(recipe, plan, start_from),
             storage=storage,
             claim=lease.claim,
-            data_plan=plan.fingerprint,
-            start_from=share(Storage(self.start_from)) if self.start_from else None,
-            use_gpu=use_gpu,
             board=board,
+            use_gpu=use_gpu,
         )
-        coordinator = open_coordinator(recipe.name, config, recipe.scaling)
+        coordinator = open_coordinator(recipe.name, job, recipe.scaling)
         recorder = Recorder(recipe, board, self.storage, self.directory, tracker, self.console)
         preparation = threading.Thread(target=self._prepare, args=(plan, storage, board, recorder), daemon=True)
         attempt = f"{recipe.name}-{int(time.time())}"
@@ -228,7 +231,7 @@ class Run:
 
         state, self._start = load_checkpoint(Storage(self.start_from))
         check_fits(state, build_model(self.recipe.model.build()))
-        check_same_function(self.recipe.model, from_dict(Recipe, self._start["recipe"]).model)
+        check_same_function(self.recipe.model, from_dict(Recipe, self._start.recipe).model)
         training, schedule = self.recipe.training, self.recipe.lr_scheduler
         if state.step >= training.max_steps:
             raise UserError(

@@ -62,17 +62,16 @@ def summarise(
     from doge.training.state.checkpoint import Checkpoints
 
     console.say("Exporting the model and counting the baselines.")
-    state, memory = Checkpoints(directory / "checkpoints").latest()
-    position = memory["position"]
+    state, position = Checkpoints(directory / "checkpoints").latest()
     tokenizer = plan.open_tokenizer(storage)
     model = export_model(state, recipe.model.build(), tokenizer, directory, "model")
     samples = list(zip(_PROMPTS, generate_samples(model, tokenizer, _PROMPTS), strict=True))
     losses = tracker.history("held_out_loss")
-    unigram, bigram, counted = _baselines(recipe, plan, storage, position["next_sequence"])
+    unigram, bigram, counted = _baselines(recipe, plan, storage, position.next_unit)
     summary = Summary(
         name=recipe.name,
         step=state.step,
-        tokens_seen=position["tokens_seen"],
+        tokens_seen=position.tokens_seen,
         held_out_loss=dict(losses).get(state.step),
         unigram_loss=unigram,
         bigram_loss=bigram,

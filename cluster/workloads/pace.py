@@ -23,21 +23,21 @@ by ±10 % promised more once in 36,000 simulated steps of two to seven equal wor
 STEPS_BETWEEN = 4
 """A plan is kept for so many steps at least."""
 PROBE = 20
-"""A worker without sequences gets one again when the others have worked so many times as long as it would take."""
+"""A worker without units gets one again when the others have worked so many times as long as it would take."""
 
 
 class Pace:
     """Follows the workers' speeds and keeps the plan of the shares that fits them.
 
-    A speed is sequences over seconds, summed over the last steps without the slowest of them, so that one pause or a
+    A speed is units over seconds, summed over the last steps without the slowest of them, so that one pause or a
     warm-up changes nothing, while a worker that is halted and let go at short intervals is seen at its mean speed. A
     first measurement that is slower than was expected is believed halfway.
 
     Args:
-        global_batch_size: sequences of a step.
-        limits: the largest micro-batch of every worker, in sequences.
+        global_batch_size: units of a step.
+        limits: the largest micro-batch of every worker, in units.
         equal_micro_batches: whether all workers need as many micro-batches (ZeRO 2 and 3).
-        speeds: what is known before the first step, in sequences per second; None is taken for the mean of the known.
+        speeds: what is known before the first step, in units per second; None is taken for the mean of the known.
         min_gain: part of the step time that another plan must save.
 
     Raises:
@@ -55,14 +55,14 @@ class Pace:
         self.global_batch_size, self.limits = global_batch_size, list(limits)
         self.equal_micro_batches, self.min_gain = equal_micro_batches, min_gain
         self._expected = list(speeds)
-        self._samples: list[deque[tuple[int, float]]] = [deque(maxlen=WINDOW) for _ in speeds]  # (sequences, seconds)
-        self._idle = [0.0] * len(speeds)  # seconds that the others worked since this one had a sequence
+        self._samples: list[deque[tuple[float, float]]] = [deque(maxlen=WINDOW) for _ in speeds]  # (units, seconds)
+        self._idle = [0.0] * len(speeds)  # seconds that the others worked since this one had a unit
         self._steps_kept = STEPS_BETWEEN
         self.shares: Shares = self._plan()
 
     @property
     def speeds(self) -> list[float]:
-        """What every worker is believed to do, in sequences per second; all 1 where nothing is known yet."""
+        """What every worker is believed to do, in units per second; all 1 where nothing is known yet."""
         own = [
             _speed(samples) if samples else expected
             for samples, expected in zip(self._samples, self._expected, strict=True)
@@ -76,29 +76,33 @@ class Pace:
                 speeds[rank] = sqrt(speeds[rank]) * sqrt(expected)
         return speeds
 
-    def observe(self, seconds: Sequence[float], counts: Sequence[int] | None = None) -> bool:
+    def observe(
+        self, seconds: Sequence[float], counts: Sequence[int] | None = None, work: Sequence[float] | None = None
+    ) -> bool:
         """Take in the step just made; True if ``shares`` is another plan from now on.
 
         Args:
             seconds: that every worker computed, without waiting for others; 0 where it was not measured.
-            counts: sequences of every worker in that step, by default those of ``shares``. A step that was still made
-                by an earlier plan is only remembered.
+            counts: units of every worker in that step's plan, by default those of ``shares``. A step that was still
+                made by an earlier plan is only remembered.
+            work: what every worker computed, in units of usual cost; ``counts`` by default.
 
         Raises:
             ValueError: there is not a number for every worker.
         """
         counts = self.shares.counts if counts is None else tuple(counts)
-        if not len(seconds) == len(counts) == len(self._samples):
+        work = counts if work is None else work
+        if not len(seconds) == len(counts) == len(work) == len(self._samples):
             raise ValueError(
                 f"{len(self._samples)} workers made the step, but {len(seconds)} times and {len(counts)} counts came."
             )
-        measured = [count > 0 and isfinite(took) and took > 0 for took, count in zip(seconds, counts, strict=True)]
+        measured = [done > 0 and isfinite(took) and took > 0 for took, done in zip(seconds, work, strict=True)]
         step_seconds = max((took for took, valid in zip(seconds, measured, strict=True) if valid), default=0.0)
         for rank, samples in enumerate(self._samples):
             if measured[rank]:
-                samples.append((counts[rank], seconds[rank]))
+                samples.append((work[rank], seconds[rank]))
                 _forget_earlier_speed(samples)
-            self._idle[rank] = 0.0 if counts[rank] else self._idle[rank] + step_seconds
+            self._idle[rank] = 0.0 if work[rank] else self._idle[rank] + step_seconds
         if counts != self.shares.counts:
             return False
         self._steps_kept += 1
@@ -108,7 +112,7 @@ class Pace:
         """Change a worker's largest micro-batch, as after an out-of-memory, and plan anew at once.
 
         Raises:
-            ValueError: the limit is below one sequence.
+            ValueError: the limit is below one unit.
         """
         before, self.limits[rank] = self.limits[rank], limit
         try:
@@ -136,7 +140,7 @@ class Pace:
         return True
 
     def _probe(self) -> bool:
-        """Give a sequence to a worker that had none for long: without one it could never show a better speed."""
+        """Give a unit to a worker that had none for long: without one it could never show a better speed."""
         speeds = self.speeds
         waited = [idle * speed for idle, speed in zip(self._idle, speeds, strict=True)]
         rank = waited.index(max(waited))
@@ -146,20 +150,20 @@ class Pace:
         self._samples[rank].clear()
         while not (plan := self._plan(speeds)).counts[rank]:
             speeds[rank] *= 1.25
-        self.shares, self._steps_kept = plan, STEPS_BETWEEN  # the next step may take the sequence away again
+        self.shares, self._steps_kept = plan, STEPS_BETWEEN  # the next step may take the unit away again
         return True
 
 
-def _speed(samples: Sequence[tuple[int, float]]) -> float:
-    """Sequences per second without the pauses, which are the steps with the most seconds per sequence."""
+def _speed(samples: Sequence[tuple[float, float]]) -> float:
+    """Units per second without the pauses, which are the steps with the most seconds per unit."""
     pauses = 1 + (len(samples) - 1) // PAUSES_IN if len(samples) > 1 else 0
-    kept = sorted(samples, key=_seconds_per_sequence)[: len(samples) - pauses]
+    kept = sorted(samples, key=_seconds_per_unit)[: len(samples) - pauses]
     return sum(count for count, _ in kept) / sum(seconds for _, seconds in kept)
 
 
-def _forget_earlier_speed(samples: deque[tuple[int, float]]) -> None:
+def _forget_earlier_speed(samples: deque[tuple[float, float]]) -> None:
     """Drop what came before a sudden change, which is told from noise by its order: every step lies beyond."""
-    paces = [_seconds_per_sequence(sample) for sample in samples]
+    paces = [_seconds_per_unit(sample) for sample in samples]
     for steps, factor in SUDDEN:
         earlier, last = sorted(paces[:-steps]), paces[-steps:]
         if len(earlier) < max(2, steps - 1):
@@ -170,6 +174,6 @@ def _forget_earlier_speed(samples: deque[tuple[int, float]]) -> None:
             return
 
 
-def _seconds_per_sequence(sample: tuple[int, float]) -> float:
+def _seconds_per_unit(sample: tuple[float, float]) -> float:
     count, seconds = sample
     return seconds / count

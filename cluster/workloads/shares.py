@@ -1,11 +1,13 @@
-"""Who takes which sequences of a step: pure arithmetic, no Ray and no torch."""
+"""Who takes which units of a step: pure arithmetic, no Ray and no torch."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import accumulate, islice, pairwise
 from math import ceil, isfinite
+from typing import Any
 
 SLACK = 0.02
 """Part of the step time that is given up for fewer micro-batches, whose own fixed cost no plan knows."""
@@ -13,11 +15,11 @@ SLACK = 0.02
 
 @dataclass(frozen=True)
 class Shares:
-    """How the sequences of one step, or of one evaluation, are shared out to the workers.
+    """How the units of one step, or of one evaluation, are shared out to the workers.
 
     Args:
-        micro_batches: for every worker in rank order, the sizes of its micro-batches in sequences. A 0 is an empty one
-            that only fills up; a worker without sequences has none at all where workers need not have equally many.
+        micro_batches: for every worker in rank order, the sizes of its micro-batches in units. A 0 is an empty one that
+            only fills up; a worker without units has none at all where workers need not have equally many.
         equal_micro_batches: whether the workers wait for each other in every micro-batch, not only at the step's end.
     """
 
@@ -26,15 +28,20 @@ class Shares:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Sequences of every worker."""
+        """Units of every worker."""
         return tuple(sum(sizes) for sizes in self.micro_batches)
 
-    def ranges(self, first_sequence: int) -> list[range]:
-        """Every worker's contiguous slice, in rank order, of the sequences that begin with ``first_sequence``."""
-        return [range(*ends) for ends in pairwise(accumulate(self.counts, initial=first_sequence))]
+    def ranges(self, first_unit: int) -> list[range]:
+        """Every worker's contiguous slice, in rank order, of the units that begin with ``first_unit``."""
+        return [range(*ends) for ends in pairwise(accumulate(self.counts, initial=first_unit))]
+
+    def pieces(self, rank: int, batch: Any) -> Iterator[Any]:
+        """The micro-batches of a worker's ``batch``, which slices by units."""
+        sizes = self.micro_batches[rank]
+        return (batch[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
 
     def seconds(self, speeds: Sequence[float]) -> float:
-        """The time that the slowest worker takes, with ``speeds`` in sequences per second."""
+        """The time that the slowest worker takes, with ``speeds`` in units per second."""
         meetings = zip(*self.micro_batches, strict=True) if self.equal_micro_batches else [self.counts]
         return sum(max(size / speed for size, speed in zip(sizes, speeds, strict=True)) for sizes in meetings)
 
@@ -42,18 +49,18 @@ class Shares:
 def plan_shares(
     global_batch_size: int, speeds: Sequence[float], limits: Sequence[int], equal_micro_batches: bool = False
 ) -> Shares:
-    """Share out a step so that all workers finish together, as nearly as whole sequences allow.
+    """Share out a step so that all workers finish together, as nearly as whole units allow.
 
     With unequal numbers of micro-batches the predicted time is exactly the smallest possible one: memory limits cut a
     worker's share into more micro-batches, but do not bound it. With equal numbers the time is the sum over
     micro-batches of the slowest worker's part; all micro-batches but the last have the same size, and the predicted
     time exceeds the smallest possible one by less than a micro-batch and ``SLACK``. Of equal choices, the lower rank
-    takes the sequence.
+    takes the unit.
 
     Args:
-        global_batch_size: sequences to share out.
-        speeds: of every worker, in sequences per second; only their ratios matter.
-        limits: the largest micro-batch of every worker, in sequences.
+        global_batch_size: units to share out.
+        speeds: of every worker, in units per second; only their ratios matter.
+        limits: the largest micro-batch of every worker, in units.
         equal_micro_batches: every worker gets as many micro-batches, empty ones included (ZeRO 2 and 3).
 
     Raises:
@@ -77,24 +84,58 @@ def plan_shares(
     return Shares(tuple(tuple(part[rank] for part in parts) for rank in workers), equal_micro_batches=True)
 
 
+def fit_to_costs(shares: Shares, costs: Sequence[float], limits: Sequence[int]) -> tuple[Shares, list[float]]:
+    """Move the borders between the workers' slices where units differ in cost.
+
+    Each worker's part of the step's cost becomes as near as whole units allow to its part of the units in ``shares``;
+    a worker without units stays without. Units of equal cost leave the shares as they are.
+
+    Args:
+        shares: planned for units of equal cost.
+        costs: of the step's units, in their order; positive.
+        limits: the largest micro-batch of every worker, in units.
+
+    Returns:
+        The shares, and the cost of every worker's slice.
+    """
+    counts, total = shares.counts, sum(costs)
+    if all(cost == costs[0] for cost in costs):
+        return shares, [count * costs[0] for count in counts]
+    reached = list(accumulate(costs, initial=0.0))  # cost of the first n units
+    borders = [0]
+    for planned in accumulate(counts):
+        target = total * planned / len(costs)
+        after = bisect_left(reached, target, lo=borders[-1], hi=len(costs))
+        nearer = after > borders[-1] and target - reached[after - 1] < reached[after] - target
+        borders.append(after - nearer)
+    borders[-1] = len(costs)
+    fitted = [stop - start for start, stop in pairwise(borders)]
+    parts = [ceil(count / limit) for count, limit in zip(fitted, limits, strict=True)]
+    if shares.equal_micro_batches:
+        parts = [max(parts)] * len(parts)
+    work = [reached[stop] - reached[start] for start, stop in pairwise(borders)]
+    micro_batches = tuple(_nearly_equal(count, number) for count, number in zip(fitted, parts, strict=True))
+    return Shares(micro_batches, shares.equal_micro_batches), work
+
+
 def _check(global_batch_size: int, speeds: Sequence[float], limits: Sequence[int]) -> None:
     if not speeds:
         raise ValueError("There is no worker to take a share.")
     if len(speeds) != len(limits):
         raise ValueError(f"There are {len(speeds)} speeds but {len(limits)} limits: give one of each for every worker.")
     if global_batch_size < 1:
-        raise ValueError(f"A batch of {global_batch_size} sequences cannot be shared out: it needs one at least.")
+        raise ValueError(f"A batch of {global_batch_size} units cannot be shared out: it needs one at least.")
     for rank, (speed, limit) in enumerate(zip(speeds, limits, strict=True)):
         if not (isfinite(speed) and speed > 0):
-            raise ValueError(f"Worker {rank} has a speed of {speed} sequences per second: it must be positive.")
+            raise ValueError(f"Worker {rank} has a speed of {speed} units per second: it must be positive.")
         if limit < 1:
-            raise ValueError(f"Worker {rank} has a micro-batch limit of {limit}: it must hold one sequence at least.")
+            raise ValueError(f"Worker {rank} has a micro-batch limit of {limit}: it must hold one unit at least.")
 
 
 def _taking(number: int, speeds: Sequence[float], limits: Sequence[int]) -> Iterator[tuple[float, int]]:
-    """Who takes the next sequence while all work, each up to its limit: (seconds until it is done, rank).
+    """Who takes the next unit while all work, each up to its limit: (seconds until it is done, rank).
 
-    The first n entries share out n sequences in the least time, which is the n-th entry's.
+    The first n entries share out n units in the least time, which is the n-th entry's.
     """
 
     def one(rank: int) -> Iterator[tuple[float, int]]:

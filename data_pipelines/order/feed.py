@@ -58,7 +58,11 @@ class Feed(Protocol[UnitsT]):
 
 
 class FeedConfig(Protocol):
-    """A picklable description of a feed, which any process can open."""
+    """A picklable and hashable description of a feed, which any process can open."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the feed in a checkpoint: another one means other units."""
 
     def open(self, storage: Storage, on_wait: Callable[[str], None]) -> Feed[Units]:
         """Open the feed.

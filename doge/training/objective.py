@@ -5,6 +5,7 @@ units as tensors. The loss of a step is the sum over the units of the global bat
 such as loss tokens or pairs, so that it does not depend on who computes which units.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -91,3 +92,9 @@ class Objective(Protocol):
 
     def empty(self) -> Batch:
         """A batch of weight 0 that runs through the whole model, for ranks that only fill up."""
+
+
+def unit_seed(seed: int, phase: int, unit: int) -> int:
+    """A 63-bit seed for one unit: a pure function of the run's seed, the phase and the unit's number."""
+    digest = hashlib.blake2b(f"{seed}/{phase}/{unit}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -20,6 +20,7 @@ from cluster.machines.head_storage import CHUNK_BYTES, FileServer, share
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
 from doge.training.state.checkpoint import Checkpoints
+from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState
 
 
@@ -187,16 +188,16 @@ def test_a_checkpoint_written_there_is_read_here_and_the_other_way_round(elsewhe
         assert found.step == 1
         assert torch.equal(found.parameters["weight"], state(1).parameters["weight"])
         for step in (2, 3):
-            checkpoints.save(state(step), {"at": step})
+            checkpoints.save(state(step), RunPosition("feed", "tokenizer", next_unit=step))
             checkpoints.wait()
         return checkpoints.steps()
 
     here = Checkpoints(storage)
-    here.save(state(1), {})
+    here.save(state(1), RunPosition("feed", "tokenizer"))
     here.wait()
     assert on(elsewhere, work, storage) == [2, 3]
-    found, memory = here.latest()
-    assert (found.step, memory) == (3, {"at": 3})
+    found, position = here.latest()
+    assert (found.step, position.next_unit) == (3, 3)
     assert torch.equal(found.moments["exp_avg"]["weight"], state(3).parameters["weight"])
 
 

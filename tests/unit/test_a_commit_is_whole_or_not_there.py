@@ -11,12 +11,18 @@ from safetensors import SafetensorError
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState, check_fits
 
 
 def state(step: int) -> TrainState:
     weights = {"weight": torch.full((3, 2), float(step))}
     return TrainState(step, weights, {moment: {"weight": torch.rand(3, 2)} for moment in MOMENTS})
+
+
+def at(unit: int = 0, **recipe) -> RunPosition:
+    """A position that is told from others by its next unit."""
+    return RunPosition("feed", "tokenizer", next_unit=unit, recipe=recipe)
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -164,11 +170,11 @@ def test_the_newest_checkpoints_are_kept_and_read_back_exactly(storage):
     assert checkpoints.latest() is None
     states = [state(step) for step in (10, 20, 30)]
     for each in states:
-        checkpoints.save(each, {"next_sequence": each.step * 8})
+        checkpoints.save(each, at(each.step * 8))
     checkpoints.wait()
     assert checkpoints.steps() == [20, 30]
-    found, memory = checkpoints.latest()
-    assert (found.step, memory) == (30, {"next_sequence": 240})
+    found, position = checkpoints.latest()
+    assert (found.step, position) == (30, at(240))
     assert torch.equal(found.parameters["weight"], states[2].parameters["weight"])
     for moment in MOMENTS:
         assert torch.equal(found.moments[moment]["weight"], states[2].moments[moment]["weight"])
@@ -178,7 +184,7 @@ def test_the_newest_checkpoints_are_kept_and_read_back_exactly(storage):
 def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
     checkpoints = Checkpoints(Storage(str(tmp_path)), keep=2)
     for step in (10, 20):
-        checkpoints.save(state(step), {})
+        checkpoints.save(state(step), at())
     checkpoints.wait()
     newest = tmp_path / "step-00000020"
     if damage == "truncate":
@@ -195,7 +201,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
 def test_the_record_is_settled_before_the_checkpoint_appears(tmp_path):
     checkpoints = Checkpoints(Storage(str(tmp_path)))
     seen = []
-    checkpoints.save(state(1), {}, before_commit=lambda: seen.append(checkpoints.steps()))
+    checkpoints.save(state(1), at(), before_commit=lambda: seen.append(checkpoints.steps()))
     checkpoints.wait()
     assert seen == [[]]
     assert checkpoints.steps() == [1]
@@ -207,9 +213,9 @@ def test_an_error_of_the_writer_reaches_the_training(tmp_path):
     def fail():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.save(state(1), {}, before_commit=fail)
+    checkpoints.save(state(1), at(), before_commit=fail)
     with pytest.raises(UserError, match="is full"):
-        checkpoints.save(state(2), {})
+        checkpoints.save(state(2), at())
     assert checkpoints.latest() is None
 
 
@@ -229,7 +235,7 @@ def test_what_a_killed_writer_left_is_not_seen_and_swept_by_the_next(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
     checkpoints = Checkpoints(Storage(str(tmp_path)))
     assert checkpoints.storage.names() == []
-    checkpoints.save(state(1), {})
+    checkpoints.save(state(1), at())
     checkpoints.wait()
     assert os.listdir(tmp_path) == ["step-00000001"]
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.workloads.worker import Worker
+from cluster.workloads.training import TrainingWorkload
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
 from doge.training.state import checkpoint as checkpoints_module
 from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState
 
 
@@ -26,6 +27,11 @@ def state(step: int) -> TrainState:
 def short_pauses(monkeypatch):
     monkeypatch.setattr(checkpoints_module, "FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(checkpoints_module, "LAST_PAUSE_SECONDS", 0.1)
+
+
+def at(unit: int = 0, **recipe) -> RunPosition:
+    """A position that is told from others by its next unit."""
+    return RunPosition("feed", "tokenizer", next_unit=unit, recipe=recipe)
 
 
 def until(condition) -> None:
@@ -44,26 +50,27 @@ def broken(tmp_path):
 
 
 def test_a_host_does_not_go_on_from_what_it_holds_where_the_storage_may_have_newer(broken):
-    memory = {"position": {"data_plan": "plan"}}
-    config = SimpleNamespace(data_plan="plan", start_from=None)
+    feed = SimpleNamespace(fingerprint="feed")
     checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints")
-    worker = SimpleNamespace(checkpoints=checkpoints, config=config, held=(state(3), memory))
+    workload = TrainingWorkload.__new__(TrainingWorkload)
+    workload.settings, workload.checkpoints = SimpleNamespace(phases=[SimpleNamespace(feed=feed)]), checkpoints
+    workload.held = state(3), at()
     with pytest.raises(StorageError):
-        Worker.starting_state(worker)
+        workload.newest_state()
     broken.unlink()
-    Checkpoints(Storage(str(broken)) / "checkpoints").save(state(9), memory)
+    Checkpoints(Storage(str(broken)) / "checkpoints").save(state(9), at())
     until(checkpoints.steps)
-    assert Worker.starting_state(worker).step == 9
+    assert workload.newest_state().step == 9
 
 
 def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_back(broken):
     said = []
     checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints", say=said.append)
-    checkpoints.save(state(1), {})
+    checkpoints.save(state(1), at())
     until(lambda: said)
     started = time.monotonic()
     for step in (2, 3, 4):
-        checkpoints.save(state(step), {"at": step})
+        checkpoints.save(state(step), at(step))
         checkpoints.check()
     assert time.monotonic() - started < 0.5  # nothing waits for a storage that fails
     assert (checkpoints.committed, checkpoints.last) == (None, None)
@@ -72,7 +79,7 @@ def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_ba
     assert checkpoints.steps()[-1] == 4
     assert not {2, 3} & set(checkpoints.steps())
     assert checkpoints.committed == 4
-    assert (checkpoints.last[0].step, checkpoints.last[1]) == (4, {"at": 4})
+    assert (checkpoints.last[0].step, checkpoints.last[1]) == (4, at(4))
     assert len(said) == 2
     assert said[0].startswith(f"The checkpoint of step 1 cannot be written (The storage {broken}/checkpoints cannot be")
     assert said[0].endswith("training goes on and it is tried again until it can.")
@@ -81,7 +88,7 @@ def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_ba
 
 def test_a_storage_that_stays_away_is_an_error_at_the_end(broken):
     checkpoints = Checkpoints(Storage(str(broken)))
-    checkpoints.save(state(7), {})
+    checkpoints.save(state(7), at())
     with pytest.raises(UserError, match=r"of step 7 could not be written for 0 s \(The storage .* cannot be used"):
         checkpoints.wait(timeout=0.3)
     broken.unlink()
@@ -95,7 +102,7 @@ def test_a_storage_that_hangs_holds_no_step_up(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.storage, "sweep", hang.wait)
     started = time.monotonic()
     for step in (1, 2, 3):
-        checkpoints.save(state(step), {})
+        checkpoints.save(state(step), at())
     assert time.monotonic() - started < 1
     with pytest.raises(UserError, match="its storage does not answer"):
         checkpoints.wait(timeout=0.1)
@@ -112,6 +119,7 @@ def test_a_disk_that_is_full_is_tried_again(tmp_path):
 import os, torch
 from pathlib import Path
 from doge.training.state import checkpoint
+from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState
 from doge.common.storage import Storage
 checkpoint.FIRST_PAUSE_SECONDS = 0.1
@@ -122,7 +130,7 @@ def say(message):
     (root / "ballast").unlink(missing_ok=True)
 weights = {{"weight": torch.zeros(100, 100)}}
 checkpoints = checkpoint.Checkpoints(Storage(str(root)) / "run", say=say)
-checkpoints.save(TrainState(5, weights, {{moment: weights for moment in MOMENTS}}), {{}})
+checkpoints.save(TrainState(5, weights, {{moment: weights for moment in MOMENTS}}), RunPosition("feed", "tokenizer"))
 checkpoints.wait()
 assert "is full: free some space" in said[0], said
 assert len(said) == 2 and checkpoints.latest()[0].step == 5
@@ -138,7 +146,7 @@ def test_a_refusal_before_the_commit_is_no_storage_error(tmp_path):
         raise UserError("the run was taken over")
 
     checkpoints = Checkpoints(Storage(str(tmp_path)))
-    checkpoints.save(state(1), {}, before_commit=refuse)
+    checkpoints.save(state(1), at(), before_commit=refuse)
     with pytest.raises(UserError, match="taken over"):
         checkpoints.wait()
     checkpoints.check()  # raised once
@@ -153,24 +161,24 @@ def test_a_storage_error_before_the_commit_is_tried_again(tmp_path):
             raise error
 
     checkpoints = Checkpoints(Storage(str(tmp_path)))
-    checkpoints.save(state(1), {}, before_commit=ask)
+    checkpoints.save(state(1), at(), before_commit=ask)
     checkpoints.wait(timeout=20)
     assert checkpoints.committed == 1
 
 
 def test_an_error_that_no_pause_mends_is_raised_at_once(tmp_path):
     checkpoints = Checkpoints(Storage(str(tmp_path)))
-    checkpoints.save(state(1), {"not for JSON": object()})
+    checkpoints.save(state(1), at(broken=object()))
     with pytest.raises(TypeError, match="JSON"):
         checkpoints.wait()
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_undo_a_commit(tmp_path, monkeypatch):
     checkpoints = Checkpoints(Storage(str(tmp_path)), keep=1)
-    checkpoints.save(state(1), {})
+    checkpoints.save(state(1), at())
     checkpoints.wait()
     monkeypatch.setattr(checkpoints.storage, "delete", lambda name: (_ for _ in ()).throw(StorageError("busy.")))
-    checkpoints.save(state(2), {})
+    checkpoints.save(state(2), at())
     checkpoints.wait()
     assert (checkpoints.committed, checkpoints.steps()) == (2, [1, 2])
 
@@ -179,7 +187,7 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_undo_a_commit(tmp_path, m
 def remote(tmp_path):
     storage = Storage(f"memory://{tmp_path.name}/checkpoints", cache=str(tmp_path / "cache"))
     checkpoints = Checkpoints(storage)
-    checkpoints.save(state(1), {})
+    checkpoints.save(state(1), at())
     checkpoints.wait()
     checkpoints.load(1)
     return storage / "step-00000001"
@@ -201,10 +209,10 @@ def test_a_damaged_original_is_found_in_spite_of_the_cache(remote):
 def test_a_step_that_another_machine_wrote_again_is_read_anew(remote, tmp_path):
     elsewhere = Storage(f"memory://{tmp_path.name}/checkpoints", cache=str(tmp_path / "another cache"))
     again = Checkpoints(elsewhere)
-    again.save(TrainState(1, {"weight": torch.ones(5)}, {moment: {} for moment in MOMENTS}), {"again": True})
+    again.save(TrainState(1, {"weight": torch.ones(5)}, {moment: {} for moment in MOMENTS}), at(7))
     again.wait()
-    found, memory = load_checkpoint(remote)
-    assert (found.parameters["weight"].shape, memory) == ((5,), {"again": True})
+    found, position = load_checkpoint(remote)
+    assert (found.parameters["weight"].shape, position) == ((5,), at(7))
 
 
 def test_every_file_is_hashed_once(remote, monkeypatch):

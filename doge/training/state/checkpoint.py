@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError, sha256
+from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState
 
 _MANIFEST, _STATE, _PARAMETERS = "manifest.json", "state.json", "parameters"
 GRACE_SECONDS = 2.0  # that a healthy write gets before a newer state may replace those that wait
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 1.0, 30.0  # between two attempts
 
-Checkpoint = tuple[TrainState, dict[str, Any]]  # state and memory
+Checkpoint = tuple[TrainState, RunPosition]
 
 
 class Checkpoints:
@@ -61,8 +61,8 @@ class Checkpoints:
         """Steps that have a directory, ascending; whether each is whole is only known by loading it."""
         return [int(name[5:]) for name in self.storage.names() if name.startswith("step-") and name[5:].isdigit()]
 
-    def save(self, state: TrainState, memory: dict[str, Any], before_commit: Callable[[], None] = lambda: None) -> None:
-        """Write ``state`` and JSON-able ``memory`` in the background; they must not change any more.
+    def save(self, state: TrainState, position: RunPosition, before_commit: Callable[[], None] = lambda: None) -> None:
+        """Write ``state`` and ``position`` in the background; they must not change any more.
 
         A write that is under way gets two seconds to end, so that a small run skips none of its checkpoints; beyond
         that, or where the storage fails, the state waits for its turn and replaces one that waited.
@@ -74,7 +74,7 @@ class Checkpoints:
             if self._trouble is None:
                 self._changed.wait_for(lambda: self._is_idle() or self._trouble is not None, GRACE_SECONDS)
             self._raise()
-            self._next = _Order(state, memory, before_commit)
+            self._next = _Order(state, position, before_commit)
             if self._writing is None:
                 self._writing, self._next = self._next, None
                 threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
@@ -102,7 +102,7 @@ class Checkpoints:
                 )
 
     def latest(self) -> Checkpoint | None:
-        """State and memory of the newest whole checkpoint, or None. Ones that were cut off are passed over."""
+        """State and position of the newest whole checkpoint, or None. Ones that were cut off are passed over."""
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
@@ -111,7 +111,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """State and memory at ``step``. Raises CorruptCheckpoint."""
+        """State and position at ``step``. Raises CorruptCheckpoint."""
         return load_checkpoint(self.storage / _name(step))
 
     def _is_idle(self) -> bool:
@@ -157,7 +157,7 @@ class Checkpoints:
                 if trouble is None:
                     self._trouble, self._error = None, error
                     if error is None:
-                        self.last = order.state, order.memory
+                        self.last = order.state, order.position
                     self._writing = None
                 if error is not None:
                     self._next = None
@@ -178,7 +178,7 @@ class Checkpoints:
             save_file(state.parameters, folder / f"{_PARAMETERS}.safetensors")
             for moment in MOMENTS:
                 save_file(state.moments[moment], folder / f"{moment}.safetensors")
-            (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": order.memory}, indent=1))
+            (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": order.position.to_dict()}, indent=1))
             checksums = {file.name: sha256(str(file)) for file in sorted(folder.iterdir())}
             (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
             try:
@@ -199,7 +199,7 @@ class Checkpoints:
 @dataclass
 class _Order:
     state: TrainState
-    memory: dict[str, Any]
+    position: RunPosition
     before_commit: Callable[[], None]
     refused: bool = False  # by before_commit
 
@@ -231,12 +231,13 @@ def load_checkpoint(storage: Storage) -> Checkpoint:
 
     try:
         checksums = json.loads(storage.read_bytes(_MANIFEST))
-        state = json.loads(Path(fetch(_STATE, checksums[_STATE])).read_bytes())
+        values = json.loads(Path(fetch(_STATE, checksums[_STATE])).read_bytes())
+        step, position = values["step"], RunPosition.from_dict(values["memory"])
         with ThreadPoolExecutor(len(MOMENTS) + 1) as pool:
             parameters, *moments = pool.map(tensors, [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)])
     except (FileNotFoundError, ValueError, KeyError, SafetensorError):
         raise damaged from None
-    return TrainState(state["step"], parameters, dict(zip(MOMENTS, moments, strict=True))), state["memory"]
+    return TrainState(step, parameters, dict(zip(MOMENTS, moments, strict=True))), position
 
 
 def _reason(error: Exception) -> str:

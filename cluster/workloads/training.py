@@ -1,0 +1,227 @@
+"""Training as a host's workload: what is kept from one membership to the next, and how it goes through one."""
+
+import gc
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from cluster.elastic.events import Message
+from cluster.elastic.membership import Membership, Outcome, node_name
+from cluster.elastic.workload import Beat, Job, SharedState, Stage
+from cluster.workloads.phase import TrainingSettings
+from cluster.workloads.telemetry import Reporter
+from cluster.workloads.training_loop import TrainingLoop
+from data_pipelines.order.feed import Feed, FeedConfig
+from doge.common.errors import UserError
+from doge.common.storage import Storage
+from doge.training.memory import OutOfMemory
+from doge.training.state.checkpoint import Checkpoint, Checkpoints, load_checkpoint
+from doge.training.state.run_position import RunPosition
+from doge.training.state.train_state import TrainState
+from doge.training.warm_up import warm_up
+
+
+@dataclass
+class SharedTrainState:
+    """A training state in the object store: numpy tensors, and where the run stands."""
+
+    step: int
+    parameters: dict[str, np.ndarray]
+    moments: dict[str, dict[str, np.ndarray]]
+    position: RunPosition
+
+    @classmethod
+    def of(cls, state: TrainState, position: RunPosition) -> "SharedTrainState":
+        parameters = {name: tensor.numpy() for name, tensor in state.parameters.items()}
+        moments = {key: {name: value.numpy() for name, value in part.items()} for key, part in state.moments.items()}
+        return cls(state.step, parameters, moments, position)
+
+    def open(self) -> Checkpoint:
+        """The tensors where they lie, without a copy: the engine only reads them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that nobody may write to it
+            parameters = {name: torch.from_numpy(array) for name, array in self.parameters.items()}
+            moments = {
+                key: {name: torch.from_numpy(array) for name, array in part.items()}
+                for key, part in self.moments.items()
+            }
+        return TrainState(self.step, parameters, moments), self.position
+
+
+class OpenFeeds:
+    """The feeds of a training, each opened once in this process."""
+
+    def __init__(self, storage: Storage, on_wait: Callable[[str], None]):
+        self._storage, self._on_wait = storage, on_wait
+        self._open: dict[FeedConfig, Feed[Any]] = {}
+
+    def open(self, config: FeedConfig) -> Feed[Any]:
+        if config not in self._open:
+            self._open[config] = config.open(self._storage, self._on_wait)
+        return self._open[config]
+
+
+class TrainingWorkload:
+    """What a host that trains keeps from one membership to the next: the data, the newest state, its own speed.
+
+    Args:
+        job: whose settings are `TrainingSettings`.
+        host: name of the host.
+        leave: is set when the membership shall end at the next step that all members can agree on.
+    """
+
+    def __init__(self, job: Job, host: str, leave: threading.Event):
+        self.job, self.leave = job, leave
+        self.settings: TrainingSettings = job.settings
+        node = node_name(socket.gethostname(), ray.get_runtime_context().get_node_id())
+        self.reporter = Reporter(host, node, _clock_offset(job.board), job.board.post.remote)
+        self.feeds = OpenFeeds(job.storage, self._wait_message)
+        for phase in self.settings.phases:
+            self.feeds.open(phase.feed)
+        self.checkpoints = Checkpoints(
+            job.storage / f"runs/{job.name}/checkpoints", self.settings.save_total_limit, self.say
+        )
+        self.device = torch.device("cuda", 0) if job.use_gpu else torch.device("cpu")
+        self.held: Checkpoint | None = None  # the newest state that this host gathered or was given
+        self.speed = 0.0  # units per second; 0 is unknown
+        self.limit = 0  # units of a micro-batch; 0 is unknown
+        self.step_seconds = 0.0
+        self.traced = False  # there is a trace of steps
+        self._doing = (Stage.IDLE, "idle", 0, time.monotonic())
+        self._membership = 0
+        self._loop: TrainingLoop | None = None
+
+    def warm_up(self) -> None:
+        warm_up(self.settings.phases[0].optimizer, self.settings.engine, self.device)
+
+    def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
+        self._membership = membership.number
+        self.enter(Stage.JOINING, "joining", state.step if state else 0)
+        if isinstance(state, SharedTrainState):
+            self.held = state.open()
+        elif membership.source != self.reporter.host:
+            self.held = None  # a fresh start
+        loop = self._loop = TrainingLoop(self, membership, rank)
+        try:
+            loop.enter(self.held)
+            outcome = loop.run()
+            loop.close(broken=False)
+            return outcome
+        except UserError as error:  # another membership would only meet it again
+            ray.get(self.job.board.stop.remote(str(error)))
+            return Outcome("stopped", self.step, str(error))
+        except OutOfMemory as error:
+            loop.note_limit(error.limit)
+            reason = f"worker {rank} ran out of memory, from now on it takes at most {error.limit} sequences at once"
+            return Outcome("full", self.step, reason)
+        except Exception as error:  # a peer is gone, or something is wrong here
+            reason = " ".join(str(error).split())[:160]
+            return Outcome("broken", self.step, f"worker {rank}: {type(error).__name__}: {reason}")
+        finally:
+            loop.close(broken=True)
+            self._loop = None
+            gc.collect()
+            if self.job.use_gpu:
+                torch.cuda.empty_cache()
+            self.enter(Stage.IDLE, "idle", self.step)
+
+    def newest_state(self) -> SharedTrainState | None:
+        # Without storage this copy may be stale: only rank 0 refreshes its copy at commits.
+        steps = self.checkpoints.steps()
+        if self.held is None or (steps and steps[-1] > self.held[0].step):
+            self.held = self.checkpoints.latest() or self.held
+        held = self.held or self._foreign_start()
+        if held is None:
+            return None
+        state, position = held
+        if position.phase >= len(self.settings.phases) or position.feed != self._feed(position.phase):
+            raise UserError(
+                f"The data of the run {self.job.name} is not what it was when it started (recipe, files or tokenizer): "
+                "choose another --name, and --from one of its checkpoints to train on with other data."
+            )
+        self.held = held
+        return SharedTrainState.of(state, position)
+
+    def beat(self) -> Beat:
+        (stage, activity, step, since), held, loop = self._doing, self.held, self._loop
+        return Beat(
+            stage=stage,
+            activity=activity,
+            seconds=time.monotonic() - since,
+            waiting=stage is Stage.JOINING if loop is None else loop.waiting,
+            membership=self._membership,
+            step=step,
+            step_seconds=self.step_seconds,
+            held=held[0].step if held else -1,
+        )
+
+    def abort(self, number: int) -> None:
+        loop = self._loop
+        if loop is not None and loop.membership.number == number:
+            loop.abandon()
+
+    def flush(self) -> None:
+        self.checkpoints.wait()
+
+    @property
+    def stage(self) -> Stage:
+        return self._doing[0]
+
+    @property
+    def step(self) -> int:
+        """Steps made, as last noted."""
+        return self._doing[2]
+
+    def enter(self, stage: Stage, activity: str, step: int = 0) -> None:
+        """Note what this host does from now on."""
+        self._doing = (stage, activity, step, time.monotonic())
+
+    def say(self, message: str) -> None:
+        self.reporter.post(Message(message))
+
+    def first_position(self) -> RunPosition:
+        """Where a run begins that has no state."""
+        return RunPosition(self._feed(0), self.settings.tokenizer)
+
+    def settle(self) -> None:
+        """Return once the driver has recorded everything that was posted: a checkpoint never gets ahead of its record.
+
+        Raises UserError when nothing may be committed any more.
+        """
+        self.job.claim.check()
+        if reason := ray.get(self.job.board.settle.remote()):
+            raise UserError(reason)
+
+    def _feed(self, phase: int) -> str:
+        return self.settings.phases[phase].feed.fingerprint
+
+    def _foreign_start(self) -> Checkpoint | None:
+        """The state of another run to begin with."""
+        if self.settings.start_from is None:
+            return None
+        state, position = load_checkpoint(self.settings.start_from)
+        phase = self.settings.phase_at(state.step)
+        if (position.phase, position.feed) != (phase, self._feed(phase)):  # other data is read from its own beginning
+            position = replace(position, phase=phase, feed=self._feed(phase), next_unit=0)
+        return state, position
+
+    def _wait_message(self, message: str) -> None:
+        if reason := ray.get(self.job.board.stopped.remote()):
+            raise UserError(reason)
+        if self._loop is not None and self._loop.rank == 0:
+            self.say(message)
+
+
+def _clock_offset(board: Any) -> float:
+    """Seconds from this machine's monotonic clock to the driver's."""
+    asked = time.monotonic()
+    now: float = ray.get(board.now.remote())
+    return now - (asked + time.monotonic()) / 2
