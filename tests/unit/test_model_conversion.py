@@ -22,7 +22,7 @@ def stock_moe(num_experts=20, **changes):
     config = tiny_config(window=16)
     for name, value in {"is_moe": True, "num_experts": num_experts, "num_experts_per_tok": 3, **changes}.items():
         setattr(config, name, value)
-    torch.manual_seed(0)  # not what the tests before have left: the tolerance is near the rounding
+    torch.manual_seed(0)  # else the weights depend on the tests before, and with them the rounding
     return shake(transformers.DogeForCausalLM(config)).eval()
 
 
@@ -41,7 +41,7 @@ def test_the_transformers_layout_keeps_its_function_token_by_token(tmp_path, nor
             output = stock(input_ids[:, position : position + 1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         expected.append(output.logits)
-    torch.testing.assert_close(logits_of(model, input_ids), torch.cat(expected, dim=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(model, input_ids), torch.cat(expected, dim=1), atol=5e-5, rtol=0)
 
 
 def test_a_converted_model_can_be_saved_and_opened(tmp_path):
