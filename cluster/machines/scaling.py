@@ -63,3 +63,24 @@ class ScalingRecipe:
     def max_workers(self) -> int | None:
         """None is as many as the cluster has room for."""
         return self.num_workers if isinstance(self.num_workers, int | None) else self.num_workers[1]
+
+
+@dataclass(frozen=True)
+class SeatRequest:
+    """The seats that a run asks for.
+
+    Args:
+        resources: that a seat reserves, such as ``{"CPU": 1, "GPU": 1}``; at least one is above 0.
+        min_workers: below which the run waits.
+        max_workers: at most; None takes all that the cluster has, and asks no autoscaler for more than ``min_workers``.
+        wait_timeout_s: seconds to wait for room before the run fails.
+        interval_s: seconds between two looks at the cluster while the seats are held.
+        one_per_node: whether a node has room for one seat at most.
+    """
+
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
+    min_workers: int = 1
+    max_workers: int | None = None
+    wait_timeout_s: float = 600.0
+    interval_s: float = 2.0
+    one_per_node: bool = False
