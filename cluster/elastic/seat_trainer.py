@@ -69,7 +69,7 @@ class HeldSeats(WorkerGroupCallback):
 
 
 class SeatPolicy(ScalingPolicy):
-    """Decides from a fresh look at the cluster where the run has its workers.
+    """Decides how many seats the run holds, from a fresh look at the cluster.
 
     Raises UserError, which ends the run, if there was no room for ``min_workers`` for ``wait_timeout_s`` seconds.
     """
@@ -130,9 +130,9 @@ class SeatPolicy(ScalingPolicy):
 
 
 class LossPolicy(DefaultFailurePolicy):
-    """Losing seats is never too much; what a seat's own function raises is, after a few times, and a UserError at once.
+    """Lost seats never end the run. Errors that a seat's own function raises do after a few times, a UserError at once.
 
-    Ray Train's policy for the rest: an error of our scaling policy ends the run.
+    All else follows Ray Train's default policy: an error of our scaling policy ends the run.
     """
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -148,7 +148,7 @@ class LossPolicy(DefaultFailurePolicy):
 
 
 def _raised(error: WorkerGroupError) -> list[BaseException]:
-    """What the seats' functions raised; a seat whose process was lost raised nothing."""
+    """Return the errors that the seats' functions raised; a seat whose process was lost raised none."""
     return [failure for failure in error.worker_failures.values() if not isinstance(failure, LOST)]
 
 
@@ -156,11 +156,11 @@ class SeatTrainer(DataParallelTrainer):
     """A Ray Train run whose workers only hold seats.
 
     Args:
-        sit: what every seat does, called with ``config``; the run is over when all have returned. It is begun anew,
-            in a new process, whenever the seats change.
-        config: for ``sit``.
-        request: for seats.
-        name: of Ray Train's own run, under ``storage_path``.
+        sit: called with ``config`` in every seat; the run is over when all calls have returned. It is called anew, in
+            a new process, whenever the seats change.
+        config: argument of ``sit``.
+        request: which seats to hold.
+        name: name of Ray Train's own run, under ``storage_path``.
         storage_path: directory or URI for Ray Train's own small records.
     """
 

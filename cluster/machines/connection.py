@@ -9,9 +9,13 @@ from doge.common.errors import UserError
 
 
 def connect(scaling: ScalingRecipe, start: bool = True) -> bool:
-    """Join the cluster of ``scaling.address``, of this job or of this machine, or start one of this machine alone.
+    """Join the cluster at ``scaling.address``, else that of this job or machine, else start one on this machine alone.
 
-    Returns whether there is a connection: without ``start`` there may be no cluster to join.
+    Args:
+        start: whether to start a cluster where there is none to join.
+
+    Returns:
+        Whether there is a connection.
 
     Raises:
         UserError: no cluster answers at the address, or it does not take this machine's token.
@@ -35,8 +39,8 @@ def connect(scaling: ScalingRecipe, start: bool = True) -> bool:
                 ray.init(address="local", include_dashboard=False, **quiet)
             return start
         raise UserError(
-            f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out; "
-            "one that has a token (~/.ray/auth_token on its head) needs the same token here."
+            f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out. "
+            "If the cluster has a token (~/.ray/auth_token on its head), the same token is needed here."
         ) from error
 
 
