@@ -83,7 +83,7 @@ def main() -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from cluster.elastic.seat_trainer import Seats
+    from cluster.machines.scaling import SeatRequest
 
     recipe = from_dict(Recipe, yaml.safe_load(Path(arguments.recipe).read_text()))
     ray.init()
@@ -93,7 +93,7 @@ def main() -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=(recipe.scaling.min_workers, recipe.scaling.max_workers),
             resources_per_worker={"CPU": recipe.scaling.num_cpus_per_worker} | recipe.scaling.resources_per_worker,
-            elastic_resize_monitor_interval_s=Seats().interval_s,
+            elastic_resize_monitor_interval_s=SeatRequest().interval_s,
         ),
         run_config=ray.train.RunConfig(
             name=recipe.name,

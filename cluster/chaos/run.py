@@ -235,8 +235,10 @@ class Chaos:
         """Nodes that must not be killed, and why."""
         import ray
 
+        from cluster.machines.nodes import node_of_actor
+
         head = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
-        driver = ray._private.state.state.actor_table(self._coordinator._actor_id.hex())["Address"]["NodeID"]
+        driver = node_of_actor(self._coordinator)
         here = ray.get_runtime_context().get_node_id()
         return {here: "node of this command", driver: "node of the run's driver"} | dict.fromkeys(head, "head node")
 

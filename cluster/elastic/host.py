@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from typing import Any
 
 import ray
 
@@ -32,7 +33,7 @@ ENVIRONMENT = {
 class Host:
     """The actor's class; `start_host` starts one.
 
-    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread, the other methods answer
+    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread. The other methods answer
     at any time.
     """
 
@@ -107,7 +108,7 @@ class Host:
         return self._workload
 
 
-def start_host(name: str, node: str):
+def start_host(name: str, node: str) -> Any:
     """Start a host on a node, without resources: those are its seat's. Returns the actor's handle."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -121,17 +122,17 @@ def start_host(name: str, node: str):
     )
 
 
-def kill_host(handle, node: str, pid: int | None) -> None:
-    """End a host; with its process's ``pid``, also one that is stopped, by a task on its node."""
+def kill_host(handle: Any, node: str = "", pid: int | None = None) -> None:
+    """End a host; with its node and its process's ``pid`` also one that is stopped, by a task there."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with contextlib.suppress(Exception):
         ray.kill(handle)
 
-    def kill() -> None:
+    def kill(pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
     if pid is not None:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
+        ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid)

@@ -62,7 +62,7 @@ class Membership:
     source: str
 
     def local_rank(self, rank: int) -> tuple[int, int]:
-        """The member's place among those on its machine, and how many those are."""
+        """Return a member's rank among the members on its machine, and the number of those."""
         machine = [place for place, member in enumerate(self.members) if member.machine == self.members[rank].machine]
         return machine.index(rank), len(machine)
 
@@ -85,9 +85,9 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class HostInfo:
-    """What a host says of itself once it is ready."""
+    """A host's process, as it describes itself once it is ready."""
 
     pid: int
     machine: str
@@ -96,11 +96,11 @@ class HostInfo:
 
 @dataclass(frozen=True)
 class Offer:
-    """The state that a host would go on from.
+    """The newest state that a host or the storage has.
 
     Args:
-        step: updates that it is after.
-        references: one to the state in the object store, if it was asked for and there is one.
+        step: steps made in it.
+        references: one to the state in the object store, if it was asked for and there is a state.
         trouble: storage error; if set, ignore the other fields.
     """
 
@@ -110,5 +110,5 @@ class Offer:
 
 
 def node_name(machine: str, node: str) -> str:
-    """What a reader calls a node: its machine, and enough of Ray's id to tell several on one machine apart."""
+    """A node's name for people: its machine, and enough of Ray's id to tell several nodes of one machine apart."""
     return f"{machine}-{node[:4]}"

@@ -1,4 +1,4 @@
-"""What a worker of Ray Train does: hold the resources of one worker, and say so, until the run is over.
+"""A seat: a worker of Ray Train that only reserves the resources of one host until the run is over.
 
 Nothing heavy is imported here: a seat must be there quickly.
 """
@@ -14,12 +14,17 @@ from cluster.elastic.membership import Seat
 
 @dataclass(frozen=True)
 class SeatConfig:
+    """What a worker of Ray Train is sent.
+
+    Args:
+        coordinator: actor handle.
+    """
+
     coordinator: Any
-    """The coordinator's actor handle."""
 
 
 def take_seat(config: SeatConfig) -> None:
-    """Ray Train calls it in every worker, anew after every change of its group."""
+    """Hold a seat until the run is over. Ray Train calls this in every worker, anew after every change of its group."""
     context, here = ray.train.get_context(), ray.get_runtime_context()
     seat = Seat(
         group=here.get_placement_group_id() or "",

@@ -3,19 +3,19 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cluster.machines.scaling import ScalingRecipe
+from cluster.machines.scaling import ScalingRecipe, SeatRequest
 from doge.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cluster.elastic.seat_trainer import Seats
 
 
 def connect(scaling: ScalingRecipe, start: bool = True) -> bool:
-    """Join the cluster of ``scaling.address``, of this job or of this machine, or start one of this machine alone.
+    """Join the cluster at ``scaling.address``, else that of this job or machine, else start one on this machine alone.
 
-    Returns whether there is a connection: without ``start`` there may be no cluster to join.
+    Args:
+        start: whether to start a cluster where there is none to join.
+
+    Returns:
+        Whether there is a connection.
 
     Raises:
         UserError: no cluster answers at the address, or it does not take this machine's token.
@@ -39,8 +39,8 @@ def connect(scaling: ScalingRecipe, start: bool = True) -> bool:
                 ray.init(address="local", include_dashboard=False, **quiet)
             return start
         raise UserError(
-            f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out; "
-            "one that has a token (~/.ray/auth_token on its head) needs the same token here."
+            f"No Ray cluster answers at {address}: start one with `ray start --head`, or leave the address out. "
+            "If the cluster has a token (~/.ray/auth_token on its head), the same token is needed here."
         ) from error
 
 
@@ -50,28 +50,28 @@ def _has_token() -> bool:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists()
 
 
-def resolve_seats(scaling: ScalingRecipe) -> tuple["Seats", bool]:
+def resolve_seats(scaling: ScalingRecipe) -> tuple[SeatRequest, bool]:
     """The seats to ask for, and whether each has a GPU.
 
     Raises UserError if the cluster cannot hold the smallest number of workers and the recipe does not wait.
     """
     import ray
 
-    from cluster.elastic.seat_trainer import Seats, describe_cluster, possible_workers
+    from cluster.machines.nodes import describe_cluster, possible_workers
 
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if scaling.use_gpu is None else scaling.use_gpu
     resources = {"CPU": scaling.num_cpus_per_worker} | ({"GPU": 1} if use_gpu else {}) | scaling.resources_per_worker
-    seats = Seats(
+    request = SeatRequest(
         resources=resources,
         min_workers=scaling.min_workers,
         max_workers=scaling.max_workers,
         wait_timeout_s=scaling.wait_timeout_s,
         one_per_node=scaling.num_workers is None and not use_gpu,
     )
-    room = possible_workers(seats)
+    room = possible_workers(request)
     if room < scaling.min_workers and scaling.wait_timeout_s == 0:
         raise UserError(
             f"{scaling.min_workers} workers were asked for, but {describe_cluster()}, with room for {room}: lower "
             "--scaling.num-workers, or set --scaling.wait-timeout-s to wait for more."
         )
-    return seats, use_gpu
+    return request, use_gpu

@@ -20,11 +20,11 @@ CHUNK_BYTES = 8 * 2**20  # of one message
 REQUESTS = 4  # under way at a time, for one file
 SERVER_THREADS = 16
 
-Version = tuple[int, int, int]  # of a file's content
+Version = tuple[int, int, int]  # of a file's content: inode, time of its last change in ns, size in bytes
 
 
 def share(storage: Storage) -> Storage:
-    """The same storage, to be sent to other processes; called once, on the driver, which must keep it.
+    """Return the same storage in a form that other processes can open. Call it once, on the driver; keep the result.
 
     A remote root is returned as it is. For a local one a file server starts on this node and ends with this process or
     the last reference to it here. Where the result is opened in a process that sees the directory, it is a local
@@ -74,11 +74,11 @@ class FileServer:
         self._root, self._marker = root, marker
 
     def info(self, path: str) -> dict[str, Any]:
-        """What fsspec tells of a file or directory; raises FileNotFoundError."""
+        """Size and type of a file or directory, as fsspec describes them. Raises FileNotFoundError."""
         return _describe(self._path(path))
 
     def list(self, path: str) -> list[dict[str, Any]]:
-        """`info` of everything directly in a directory."""
+        """Return the `info` of every entry of a directory."""
         found = []
         with os.scandir(self._path(path)) as entries:
             for entry in entries:
@@ -87,14 +87,14 @@ class FileServer:
         return found
 
     def read(self, path: str, start: int, length: int) -> tuple[Version, bytes]:
-        """Up to ``length`` bytes from ``start``, and which version of the file they are of."""
+        """Read up to ``length`` bytes from ``start``; returns the version of the file and the bytes."""
         with open(self._path(path), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             content = os.pread(file.fileno(), length, start)
         return (status.st_ino, status.st_mtime_ns, status.st_size), content
 
     def create(self, path: str) -> None:
-        """Make an empty file, and the directories above it."""
+        """Create an empty file and the directories above it."""
         path = self._path(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb"):
@@ -237,7 +237,7 @@ class HeadFileSystem(AbstractFileSystem):
         return _File(self, path, mode, block_size or CHUNK_BYTES, **options)
 
     def _read(self, path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """The chunks of a range, in order. Raises _Replaced when they are not all of one version."""
+        """Yield the chunks of a range in order. Raises _Replaced if the file changed between two of them."""
         version, first = self._ask("read", path, start, CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - start))
         yield first
         stop = version[2] if end is None else min(end, version[2])
@@ -252,7 +252,7 @@ class HeadFileSystem(AbstractFileSystem):
         return next(self._ask_many([(method, *arguments)]))
 
     def _ask_many(self, requests: Iterable[tuple]) -> Iterator[Any]:
-        """The answers, in order, with a few requests under way."""
+        """Yield the answers in order, with up to ``REQUESTS`` requests under way."""
         import ray
 
         waiting: deque = deque()
@@ -265,12 +265,12 @@ class HeadFileSystem(AbstractFileSystem):
             except ray.exceptions.ActorUnavailableError as error:
                 raise StorageError(
                     f"The storage on {self.host} does not answer for now: check the network between here and there, "
-                    "then run the same command again; it goes on from the last commit."
+                    "then run the same command to resume from the last commit."
                 ) from error
             except ray.exceptions.RayError as error:
                 raise StorageError(
                     f"The storage on {self.host} cannot be reached any more, since the driver that served it is gone: "
-                    "run the same command again; it goes on from the last commit."
+                    "run the same command to resume from the last commit."
                 ) from error
 
         for name, *arguments in requests:

@@ -10,27 +10,28 @@ from doge.common.errors import UserError
 @dataclass(frozen=True)
 class ScalingRecipe:
     num_workers: int | tuple[int, int] | None = None
-    """Workers that train: so many, or from a minimum to a maximum as they come and go; by default from one to all that
-    the cluster has: one for each GPU, or one for each machine without GPUs."""
+    """Worker count, or MIN MAX. Default: from one up to one per GPU, without GPUs up to one per machine."""
     use_gpu: bool | None = None
-    """By default, whether the cluster has GPUs."""
+    """Whether workers compute on GPUs. Default: if the cluster has any."""
     num_cpus_per_worker: float = 1.0
-    """What Ray reserves for a worker; without a GPU it computes on its share of the node's cores all the same."""
+    """CPUs that Ray reserves for each worker. Without a GPU, a worker computes on its share of its node's cores,
+    however many are reserved."""
     resources_per_worker: dict[str, float] = field(default_factory=dict)
-    """Custom resources of Ray that a worker needs besides, for clusters that mark their nodes."""
+    """Custom Ray resources that each worker reserves as well, in clusters that mark their nodes with them."""
     shares: Literal["measured", "equal"] = "measured"
-    """Whether a worker's share of a step follows its speed; equal shares give two runs the same losses to the digit."""
+    """How a step is divided: by each worker's measured speed, or equally. Equal shares make the losses of two runs the
+    same to the last digit."""
     wait_timeout_s: float = 600.0
-    """Seconds to wait for the smallest number of workers before the run ends; 0 does not wait."""
+    """Seconds to wait for room for the smallest number of workers before the run ends. 0: do not wait."""
     hang_timeout_s: float = 60.0
     """Seconds without an answer after which a worker counts as lost and is replaced."""
     warm_spares: int = 1
-    """Processes on every node that have imported everything and wait to take a lost worker's place."""
+    """Spare processes per node that have imported everything and can replace a lost worker at once."""
     max_failures: int = 8
-    """Times in a row that the workers may fail without a new step having been made, and that a process may fail to
-    start on a node before that is left out; -1 sets no limit."""
+    """Consecutive failures without progress before the run stops; also failed starts before a node is skipped. -1: no
+    limit."""
     address: str | None = None
-    """Of a Ray cluster; by default the one this machine belongs to, or a new one of this machine alone."""
+    """Address of the Ray cluster. Default: the one that this machine belongs to, else a new one on it alone."""
 
     def __post_init__(self):
         if self.min_workers < 1:
@@ -61,5 +62,26 @@ class ScalingRecipe:
 
     @property
     def max_workers(self) -> int | None:
-        """None is as many as the cluster has room for."""
+        """None stands for as many as the cluster has room for."""
         return self.num_workers if isinstance(self.num_workers, int | None) else self.num_workers[1]
+
+
+@dataclass(frozen=True)
+class SeatRequest:
+    """The seats that a run asks for.
+
+    Args:
+        resources: that a seat reserves, such as ``{"CPU": 1, "GPU": 1}``; at least one is above 0.
+        min_workers: below which the run waits.
+        max_workers: at most; None takes all that the cluster has, and asks no autoscaler for more than ``min_workers``.
+        wait_timeout_s: seconds to wait for room before the run fails.
+        interval_s: seconds between two looks at the cluster while the seats are held.
+        one_per_node: whether a node has room for one seat at most.
+    """
+
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
+    min_workers: int = 1
+    max_workers: int | None = None
+    wait_timeout_s: float = 600.0
+    interval_s: float = 2.0
+    one_per_node: bool = False

@@ -110,7 +110,7 @@ def devices_of_machine(recipe: Recipe) -> list[str]:
 
 def devices_of_cluster(recipe: Recipe) -> list[str]:
     """The devices of the workers that the cluster to which this process is connected would have now."""
-    from cluster.elastic.seat_trainer import look, possible_workers
+    from cluster.machines.nodes import look, possible_workers
 
     seats, use_gpu = resolve_seats(recipe.scaling)
     room, free = possible_workers(seats), look(busy=False).free

@@ -20,7 +20,7 @@ from doge.model.configuration import check_same_function
 from doge.reporting.tracking import Tracker
 
 if TYPE_CHECKING:
-    from cluster.elastic.seat_trainer import Seats
+    from cluster.machines.scaling import SeatRequest
     from data_pipelines.order.plan import Plan
     from doge.training.state.run_position import RunPosition
 
@@ -128,7 +128,7 @@ class Run:
         return plan
 
     def _train(
-        self, plan: "Plan", tracker: Tracker, seats: "Seats", use_gpu: bool, lease: Lease
+        self, plan: "Plan", tracker: Tracker, seats: "SeatRequest", use_gpu: bool, lease: Lease
     ) -> list[tuple[str, str]]:
         """Run the workers to the last step; the ledger's account of it, as labelled lines."""
         import ray

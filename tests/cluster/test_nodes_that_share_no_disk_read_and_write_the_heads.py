@@ -304,7 +304,7 @@ def test_a_driver_that_is_gone_is_one_sentence(elsewhere, root):
     storage = share(Storage(str(root)))
     ray.kill(storage._arguments[1].server)
     said = sentence(elsewhere, storage, lambda s: s.read_bytes("file"))
-    assert said.endswith("is gone: run the same command again; it goes on from the last commit.")
+    assert said.endswith("is gone: run the same command to resume from the last commit.")
 
 
 def test_the_marker_goes_with_the_driver(ray_cluster, root):

@@ -11,7 +11,9 @@ import ray
 from nodes import Node, add_node, wait_until
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.elastic.seat_trainer import Seats, SeatTrainer, possible_workers
+from cluster.elastic.seat_trainer import SeatTrainer
+from cluster.machines.nodes import possible_workers
+from cluster.machines.scaling import SeatRequest
 from doge.common.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the seats cannot import this file
@@ -53,7 +55,7 @@ def refuse(config: dict) -> None:
 
 
 def trainer(function: Callable, path, hall=None, **seats) -> SeatTrainer:
-    return SeatTrainer(function, {"hall": hall}, Seats(SEAT, **seats), f"seats-{time.time_ns()}", str(path))
+    return SeatTrainer(function, {"hall": hall}, SeatRequest(SEAT, **seats), f"seats-{time.time_ns()}", str(path))
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def test_the_seats_of_a_draining_node_move(node, tmp_path):
         leaving, staying = (first, second) if ray.get(hall.nodes.remote()) == [first.node_id] else (second, first)
         leaving.drain(300)
         print(f"\nseat moved off a draining node after {wait_for_seats(hall, [staying], 40):.1f} s")
-        assert possible_workers(Seats(SEAT)) == 1
+        assert possible_workers(SeatRequest(SEAT)) == 1
 
 
 def test_a_run_without_room_for_its_fewest_workers_says_so(ray_cluster, tmp_path):

@@ -1,0 +1,121 @@
+"""From a membership to its end: whether other hosts should train, who ends it, and what follows."""
+
+from collections import Counter
+
+from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Finish, Post, StopRun
+from cluster.elastic.decisions.known import Gathering, HostRecord, Known, Over, Running
+from cluster.elastic.decisions.observations import MemberEnded
+from cluster.elastic.decisions.staffing import end_surplus, mark_lost, start_missing, wanted
+from cluster.elastic.decisions.watching import grace
+from cluster.elastic.events import Message
+
+ABORT_SECONDS = 1.0  # from a loss until the members that have not noticed it are told
+
+
+def member_ended(known: Known, host: HostRecord, ended: MemberEnded) -> None:
+    host.busy, host.given_up = False, None
+    phase = known.phase
+    if isinstance(phase, Running) and host in phase.pending:
+        phase.pending.remove(host)
+        phase.outcomes[host] = ended.outcome
+        if phase.ended_at is None and ended.outcome.kind in ("broken", "full", "stopped"):
+            phase.ended_at = known.now
+
+
+def oversee(known: Known, phase: Running) -> Commands:
+    """Follow a membership until each of its members has ended it, is lost, or is silent after it broke."""
+    for host in [host for host in phase.pending if host.lost]:
+        phase.pending.remove(host)
+        if phase.ended_at is None:
+            phase.ended_at = known.now
+    if phase.pending and phase.ended_at is None:
+        yield from _keep_fitting(known, phase)
+        return
+    if phase.pending and phase.ended_at is not None:
+        yield from _wake(known, phase, phase.ended_at)
+    if not phase.pending:
+        if known.lost_at is None:
+            known.lost_at = phase.ended_at
+        yield from _judge(known, phase)
+
+
+def _keep_fitting(known: Known, phase: Running) -> Commands:
+    """Start and end hosts beside a whole membership, and end it where other hosts should train."""
+    if not phase.at_work and all(_took_up(known, host) for host in phase.members):
+        phase.at_work = True
+        yield from end_surplus(known)  # all members have the state; its former holder may exit
+    yield from start_missing(known, spares=phase.at_work)
+    better = wanted(known)
+    if not phase.asked_to_leave and len(better) >= known.enough and set(better) != set(phase.members):
+        phase.asked_to_leave = True
+        for host in phase.pending:
+            yield AskToLeave(host.name)
+
+
+def _took_up(known: Known, host: HostRecord) -> bool:
+    """Whether a member has taken up the state of the present membership."""
+    return host.beat.membership == known.number and host.beat.stage.at_work
+
+
+def _wake(known: Known, phase: Running, ended_at: float) -> Commands:
+    """Tell the other members of a broken membership, and kill those that stay stuck in it.
+
+    Where all of them are silent, the others go on: a silent one finds its membership gone when it comes back.
+    """
+    since = known.now - ended_at
+    silent = not any(known.answers(host) for host in phase.pending)
+    if (since > ABORT_SECONDS or silent) and not phase.aborted:
+        phase.aborted = True
+        for host in phase.pending:
+            yield Abort(host.name, known.number)
+    for host in list(phase.pending):
+        if silent:
+            host.given_up = known.now
+            phase.pending.remove(host)
+        elif known.answers(host) and since > grace(known, host):
+            yield from mark_lost(known, host, "it could not be woken from waiting for a lost one")
+            phase.pending.remove(host)
+
+
+def _judge(known: Known, phase: Running) -> Commands:
+    """Draw the consequences of a membership's end."""
+    outcomes = list(phase.outcomes.values())
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    rank_0 = phase.outcomes.get(phase.members[0])  # writes the last checkpoint, and has finished when that is there
+    if (rank_0 is not None and rank_0.kind == "finished") or kinds["stopped"]:
+        yield from over(known)
+        return
+    reached = max((outcome.step for outcome in outcomes), default=phase.first)
+    progress = reached > known.reached
+    known.reached = max(known.reached, reached)
+    lost = [host for host in known.hosts.values() if host.lost]
+    for host in lost:
+        del known.hosts[host.name]
+    known.phase = Gathering()
+    if outcomes and kinds["left"] == len(outcomes):
+        return
+    reasons = [outcome.reason for outcome in outcomes if outcome.kind == "full"]
+    reasons += [f"a worker was lost ({host.reason})" for host in lost]
+    reasons += [outcome.reason for outcome in outcomes if outcome.kind == "broken"]
+    reasons = reasons or ["a worker does not answer"]
+    yield Post(Message(f"Step {reached + 1:,} was interrupted: {reasons[0]}."))
+    if progress:
+        known.failures = -1
+    yield from note_failure(known, reasons[0])
+
+
+def note_failure(known: Known, reason: str) -> Commands:
+    """Count a failure without a new step; one too many ends the run."""
+    known.failures += 1
+    if 0 <= known.scaling.max_failures < known.failures:
+        yield StopRun(
+            f"The workers failed {known.failures} times without making a new step ({reason.rstrip('.')}): "
+            "run the same command to resume from the last checkpoint."
+        )
+        yield from over(known)
+
+
+def over(known: Known) -> Commands:
+    known.stopped = True
+    known.phase = Over()
+    yield Finish()

@@ -1,0 +1,132 @@
+"""From hosts to a membership: whether there are enough, whether they answer, whose state they start from."""
+
+from cluster.elastic.decisions.commands import AskForAddress, AskForOffer, Commands, Post, RunMember, StopRun
+from cluster.elastic.decisions.ending import note_failure, over
+from cluster.elastic.decisions.known import (
+    ANSWER_SECONDS,
+    WATCH_SECONDS,
+    Forming,
+    Gathering,
+    HostRecord,
+    Known,
+    Pausing,
+    Questioning,
+    Running,
+)
+from cluster.elastic.decisions.observations import AddressGiven, Offered
+from cluster.elastic.decisions.staffing import free_gpus, hopeless, start_missing, wanted
+from cluster.elastic.decisions.watching import ask_for_beat
+from cluster.elastic.events import HostJoined, MembershipFormed, Message
+from cluster.elastic.membership import Member, Membership, node_name
+
+PAUSE_SECONDS = 30.0  # the longest one between attempts to form a membership
+
+
+def gather(known: Known) -> Commands:
+    """Wait for enough ready hosts: at the start for all of the first seats', later for the smallest number allowed."""
+    if known.stopped:
+        yield from over(known)
+        return
+    yield from start_missing(known, spares=False)
+    if reason := hopeless(known):
+        yield StopRun(f"No process for the workers could be started: {reason}.")
+        yield from over(known)
+        return
+    hosts = wanted(known)
+    # Before the first membership, hosts that are still starting are waited for.
+    if known.seats and len(hosts) >= known.enough and (known.number > 0 or not known.starting()):
+        known.phase = Questioning(hosts, set(hosts), known.now)
+        for host in hosts:
+            yield from ask_for_beat(host)
+
+
+def question(known: Known, phase: Questioning) -> Commands:
+    """Go on with the hosts that have answered, or gather again."""
+    unheard = {host for host in phase.unheard if not host.lost}
+    if unheard and known.now - phase.since < ANSWER_SECONDS:
+        return
+    hosts = [host for host in phase.hosts if host not in phase.unheard and not host.lost]
+    if known.stopped or len(hosts) < known.enough:
+        known.phase = Gathering()
+        return
+    source = _newest(known, hosts)
+    if source in hosts:
+        hosts = [source, *(host for host in hosts if host is not source)]
+    source.busy = True
+    known.phase = Forming(hosts, source, known.now)
+    yield AskForOffer(source.name, copies=hosts != [source])
+
+
+def _newest(known: Known, hosts: list[HostRecord]) -> HostRecord:
+    """The host to take the state from: the last rank 0, also one that is about to go, or the one with the newest."""
+    idle = [host for host in known.hosts.values() if host.ready and not host.busy and known.answers(host)]
+    if known.holder in idle:
+        return known.holder
+    return max(idle or hosts, key=lambda host: (host.beat.held, host in hosts))
+
+
+def offered(known: Known, host: HostRecord, offer: Offered) -> Commands:
+    host.busy = False
+    if isinstance(known.phase, Forming) and host is known.phase.source:
+        known.phase.offer = offer
+        if not known.phase.hosts[0].lost:
+            yield AskForAddress(known.phase.hosts[0].name)
+
+
+def address_given(known: Known, host: HostRecord, given: AddressGiven) -> None:
+    if isinstance(known.phase, Forming) and host is known.phase.hosts[0]:
+        known.phase.address = given.address
+
+
+def form(known: Known, phase: Forming) -> Commands:
+    """Let the hosts step together once the state and the address are there."""
+    if not (phase.source.lost or (phase.offer and (phase.address or phase.hosts[0].lost))):
+        return
+    lost = [host for host in (phase.source, *phase.hosts) if host.lost]
+    if lost:
+        yield from _could_not_meet(known, f"a worker was lost ({lost[0].reason}).")
+    elif phase.offer and phase.offer.trouble:
+        yield from _could_not_meet(known, phase.offer.trouble)
+    elif phase.offer and phase.address:
+        yield from _formed(known, phase, phase.offer, phase.address)
+
+
+def _could_not_meet(known: Known, reason: str) -> Commands:
+    yield Post(Message(f"The workers could not meet: {reason}"))
+    yield from note_failure(known, reason)
+    if isinstance(known.phase, Forming):  # it was not one failure too many
+        known.phase = Pausing(known.now + min(WATCH_SECONDS * 2 ** min(known.failures, 9), PAUSE_SECONDS))
+
+
+def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, int]) -> Commands:
+    known.number += 1
+    members = []
+    for host in phase.hosts:
+        assert host.info is not None, "a host that was asked to train is ready"
+        if host.gpus is None:
+            host.gpus = free_gpus(known, host, phase.hosts)
+        members.append(Member(host.name, host.node, host.info.machine, host.gpus))
+        if not host.used:
+            host.used = True
+            at = known.now if host.spare else host.started
+            yield Post(HostJoined(host.name, node_name(host.info.machine, host.node), at))
+    known.reached = max(known.reached, offer.step)
+    known.holder = phase.hosts[0]
+    lost_s = None if known.lost_at is None else phase.since - known.lost_at
+    known.lost_at = None
+    yield Post(
+        MembershipFormed(
+            number=known.number,
+            at=phase.since,
+            world_size=len(members),
+            from_step=offer.step,
+            reached=known.reached,
+            formed_s=known.now - phase.since,
+            lost_s=lost_s,
+        )
+    )
+    membership = Membership(known.number, tuple(members), address, phase.source.name)
+    known.phase = Running(membership, phase.hosts, offer.step, pending=list(phase.hosts))
+    for rank, host in enumerate(phase.hosts):
+        host.busy = True
+        yield RunMember(host.name, membership, rank, given=host is not phase.source)

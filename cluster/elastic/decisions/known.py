@@ -1,0 +1,244 @@
+"""All that the coordinator knows, as plain data, and what follows from it without a decision."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from cluster.elastic.decisions.observations import Offered
+from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat
+from cluster.elastic.workload import Beat, Stage
+from cluster.machines.scaling import ScalingRecipe
+
+WATCH_SECONDS = 0.5  # between two looks at nodes and hosts
+ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
+
+
+@dataclass(eq=False)
+class HostRecord:
+    """What is known of a host. Times are seconds of the coordinator's monotonic clock.
+
+    Args:
+        spare: whether the host was started to wait.
+        started: when it was asked for.
+        answered: when it last answered anything, or was started.
+        replaces: whether it was started for one that was lost.
+        gpus: ids of the GPUs that it is bound to; None before it is bound to any.
+        info: what it said when it was ready.
+        beat: the last one heard.
+        asked: whether it owes an answer to the question for its beat; no second one is asked meanwhile.
+        busy: whether it owes an offer or an outcome, so that nothing else of its kind can be asked.
+        used: whether it was in a membership.
+        ending: since when it writes what is left to be written, to be ended then.
+        given_up: when it was last silent after its membership had ended without it; None if it owes no outcome.
+        lost: whether its process is gone, or was killed.
+        reason: why it was lost; empty if nobody needed it any more.
+    """
+
+    name: str
+    node: str
+    spare: bool
+    started: float
+    answered: float
+    replaces: bool = False
+    gpus: tuple[str, ...] | None = None
+    info: HostInfo | None = None
+    beat: Beat = field(default_factory=lambda: Beat(waiting=True))
+    asked: bool = False
+    busy: bool = False
+    used: bool = False
+    ending: float | None = None
+    given_up: float | None = None
+    lost: bool = False
+    reason: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.info is not None and not self.lost
+
+    @property
+    def computes(self) -> bool:
+        """Whether it is within a step and waits for nobody."""
+        return self.beat.stage is Stage.STEPPING and not self.beat.waiting
+
+
+@dataclass
+class Vacancy:
+    """Failed starts of hosts for the seats of one node, or of spares there: memory may be short for these alone.
+
+    Args:
+        failures: attempts in a row that failed.
+        failed_at: the last of them; a host that was started before belongs to that attempt.
+        retry_at: no host is started before.
+    """
+
+    failures: int = 0
+    failed_at: float = float("-inf")
+    retry_at: float = float("-inf")
+
+
+@dataclass(frozen=True)
+class FailedStart:
+    """A failed attempt that waits for news of its node: on one that is gone it does not count.
+
+    Args:
+        failures: attempts in a row that failed, this one included.
+    """
+
+    node: str
+    spare: bool
+    failures: int
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Phase: there are not enough hosts for a membership."""
+
+
+@dataclass
+class Questioning:
+    """Phase: each host must answer before it is counted on; a neighbour of one that died may not be missed yet.
+
+    Args:
+        unheard: hosts that have not answered since.
+    """
+
+    hosts: list[HostRecord]
+    unheard: set[HostRecord]
+    since: float
+
+
+@dataclass
+class Forming:
+    """Phase: the source offers its state, then the first host says where it listens.
+
+    Args:
+        hosts: in the order of their ranks.
+        source: host that has the state to start from; one that is about to go is not among ``hosts``.
+    """
+
+    hosts: list[HostRecord]
+    source: HostRecord
+    since: float
+    offer: Offered | None = None
+    address: tuple[str, int] | None = None
+
+
+@dataclass
+class Running:
+    """Phase: a membership steps.
+
+    Args:
+        members: in the order of their ranks.
+        first: steps that were made in the state that it started from.
+        pending: members that have neither ended it nor are lost.
+        at_work: whether all members have taken up the state.
+        asked_to_leave: whether the members were asked to end it.
+        ended_at: when a member was lost or failed; None while it is whole.
+        aborted: whether those that had not noticed were told.
+    """
+
+    membership: Membership
+    members: list[HostRecord]
+    first: int
+    pending: list[HostRecord]
+    outcomes: dict[HostRecord, Outcome] = field(default_factory=dict)
+    at_work: bool = False
+    asked_to_leave: bool = False
+    ended_at: float | None = None
+    aborted: bool = False
+
+
+@dataclass(frozen=True)
+class Pausing:
+    """Phase: forming a membership failed and is tried again later."""
+
+    until: float
+
+
+@dataclass(frozen=True)
+class Over:
+    """Phase: the run is finished or stopped."""
+
+
+Phase = Gathering | Questioning | Forming | Running | Pausing | Over
+
+
+@dataclass
+class Known:
+    """All that the coordinator knows; only `decide` changes it.
+
+    Args:
+        scaling: how many hosts there may be, and how patient to be.
+        now: time of the latest observation, in seconds of the coordinator's monotonic clock.
+        ticked: time of the latest tick before this observation.
+        groups: seats by rank of the worker groups that are not complete yet, and of the one that counts.
+        seats: where hosts may train.
+        hosts: all that live, and those of the present membership that were lost, by name.
+        names: hosts that were ever started.
+        leaving: nodes that are about to go.
+        dead: nodes that Ray knows to be gone.
+        looks: looks at the nodes that are under way.
+        vacancies: failed starts by node and whether of a spare.
+        failed_starts: failures that wait for news of their node.
+        left_out: nodes on which no host can be started, and why.
+        to_replace: hosts that were lost and in whose place none was started yet.
+        number: of the latest membership.
+        reached: the most steps that any membership has made.
+        failures: memberships in a row that failed without a new step.
+        holder: host with the newest state: the last rank 0.
+        lost_at: when the last membership broke; None once another was formed.
+        stopped: whether the run must end.
+    """
+
+    scaling: ScalingRecipe
+    now: float = 0.0
+    ticked: float = float("-inf")
+    phase: Phase = field(default_factory=Gathering)
+    groups: dict[str, dict[int, Seat]] = field(default_factory=dict)
+    seats: tuple[Seat, ...] = ()
+    hosts: dict[str, HostRecord] = field(default_factory=dict)
+    names: int = 0
+    leaving: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
+    looks: int = 0
+    vacancies: dict[tuple[str, bool], Vacancy] = field(default_factory=dict)
+    failed_starts: list[FailedStart] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    to_replace: int = 0
+    number: int = 0
+    reached: int = 0
+    failures: int = 0
+    holder: HostRecord | None = None
+    lost_at: float | None = None
+    stopped: bool = False
+
+    @property
+    def members(self) -> list[HostRecord]:
+        """Hosts of the present membership, those included that were lost, in the order of their ranks."""
+        return self.phase.members if isinstance(self.phase, Running) else []
+
+    @property
+    def enough(self) -> int:
+        """Hosts that a membership needs."""
+        return max(1, min(self.scaling.min_workers, len(self.seats)))
+
+    def alive(self) -> list[HostRecord]:
+        return [host for host in self.hosts.values() if not host.lost]
+
+    def starting(self) -> list[HostRecord]:
+        return [host for host in self.alive() if host.info is None]
+
+    def answers(self, host: HostRecord) -> bool:
+        """Whether the host can be counted on right now."""
+        return self.now - host.answered < ANSWER_SECONDS
+
+    def places(self) -> Counter[tuple[str, tuple[str, ...]]]:
+        """How many seats there are at every (node, GPUs)."""
+        return Counter((seat.node, seat.gpus) for seat in self.seats)
+
+    def seats_by_node(self) -> Counter[str]:
+        return Counter(seat.node for seat in self.seats)
+
+    def vacancy(self, node: str, spare: bool) -> Vacancy:
+        return self.vacancies.setdefault((node, spare), Vacancy())
