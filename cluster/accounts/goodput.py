@@ -23,7 +23,7 @@ slow first step of a membership). The share of the workers' time spent computing
 share*: a run that waits for its disk most of the time has a small one, and a goodput of 1.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,13 +34,13 @@ from typing import Literal
 _TELLING_STEPS = 10
 _STALLS = {"checkpoint", "evaluation"}
 
-Group = tuple[str, ...]
+DeviceGroup = tuple[str, ...]
 Start = Literal["first", "replacement"]
 """Of a process beside the steps of others: an undisturbed run has it as well, or it takes the place of a lost one."""
 
 
 @dataclass
-class Membership:
+class MembershipTimes:
     """A group of hosts that step together; times in seconds since the run began.
 
     Args:
@@ -63,20 +63,19 @@ class Membership:
     last_end: float = 0.0
     stalls: float = 0.0  # seconds of the time from first_end to last_end
     stalls_since: float = 0.0  # seconds since last_end
-    stall_seconds: Counter[str] = field(default_factory=Counter)  # by kind
+    stall_seconds: dict[str, float] = field(default_factory=dict)  # by kind
     stall_counts: Counter[str] = field(default_factory=Counter)
     new_stalls: Counter[str] = field(default_factory=Counter)  # their number without those made again
     new_stalls_since: Counter[str] = field(default_factory=Counter)  # those since last_end
     beside_steps: Counter[str] = field(default_factory=Counter)  # steady steps beside starts, by kind
-    beside_seconds: Counter[str] = field(default_factory=Counter)  # theirs, without stalls
+    beside_seconds: dict[str, float] = field(default_factory=dict)  # theirs, without stalls
 
-    def __post_init__(self):
-        for name, value in vars(self).items():  # JSON has no counters
-            if name.startswith(("stall_", "new_stalls", "beside_")):
-                setattr(self, name, Counter(value))
+    def __post_init__(self) -> None:
+        for name in ("stall_counts", "new_stalls", "new_stalls_since", "beside_steps"):  # JSON has no counters
+            setattr(self, name, Counter(getattr(self, name)))
 
     @property
-    def group(self) -> Group:
+    def group(self) -> DeviceGroup:
         """Groups of equal devices are as fast as each other."""
         return tuple(sorted(self.devices.values()))
 
@@ -87,7 +86,7 @@ class Membership:
     @property
     def steady_steps(self) -> int:
         """Steps after the first."""
-        return self.timed_step - self.first_step
+        return self.timed_step - (self.first_step or 0)
 
     @property
     def steady_seconds(self) -> float:
@@ -101,13 +100,13 @@ class Membership:
 
     @property
     def clear_seconds(self) -> float:
-        return self.steady_seconds - self.beside_seconds.total()
+        return self.steady_seconds - sum(self.beside_seconds.values())
 
     def seconds_lost_beside(self, start: Start, usual: float) -> float:
         """What its steps beside such starts took longer than ``usual`` seconds each."""
-        return max(0.0, self.beside_seconds[start] - self.beside_steps[start] * usual)
+        return max(0.0, self.beside_seconds.get(start, 0.0) - self.beside_steps[start] * usual)
 
-    def follow(self, earlier: "Membership") -> None:
+    def follow(self, earlier: "MembershipTimes") -> None:
         """Learn what had been finished before."""
         for kind in {*earlier.before, *earlier.finished}:
             last = max(earlier.before.get(kind, 0), earlier.finished.get(kind, 0))
@@ -135,7 +134,7 @@ class Membership:
             return
         for kind in seconds.keys() & _STALLS:
             self.stalls_since += seconds[kind]
-            self.stall_seconds[kind] += seconds[kind]
+            self.stall_seconds[kind] = self.stall_seconds.get(kind, 0.0) + seconds[kind]
             self.stall_counts[kind] += 1
             if step > max(self.before.get(kind, 0), self.finished.get(kind, 0)):
                 self.new_stalls_since[kind] += 1
@@ -146,7 +145,8 @@ class Membership:
     def _time_step(self, step: int, start: float, ended: float, beside: Start | None) -> None:
         if beside and self.first_step is not None:
             self.beside_steps[beside] += step - self.timed_step
-            self.beside_seconds[beside] += ended - self.last_end - self.stalls_since
+            took = ended - self.last_end - self.stalls_since
+            self.beside_seconds[beside] = self.beside_seconds.get(beside, 0.0) + took
         if self.first_step is None:
             self.first_step, self.first_start, self.first_end = step, start, ended
             self.stalls_since = 0.0
@@ -159,7 +159,7 @@ class Membership:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunTotals:
     """What a run's memberships come to.
 
     Args:
@@ -179,18 +179,18 @@ class Progress:
     steps_per_s: float | None = None
 
 
-def progress(memberships: Sequence[Membership], now: float) -> Progress:
+def run_totals(memberships: Sequence[MembershipTimes], now: float) -> RunTotals:
     """Reckon up all memberships of a run; ``now`` is in seconds since it began."""
     stepped = [member for member in memberships if member.first_step is not None]
     if not stepped:
-        return Progress()
+        return RunTotals()
     last = max(member.last_step for member in stepped)
     # A driver that died unawares has made steps of which nothing is known, nor of their time.
     unseen = sum(max(0, member.from_step - member.before.get("step", member.from_step)) for member in stepped[1:])
     steps = last - stepped[0].from_step - unseen
     lost_steps = sum(member.last_step - member.from_step for member in stepped) - steps
     restarts = [max(0.0, after.first_start - max(before.last_end, after.driver)) for before, after in pairwise(stepped)]
-    counted = steps - (stepped[0].first_step - stepped[0].from_step)
+    counted = steps - ((stepped[0].first_step or 0) - stepped[0].from_step)
     usual, clear = _usual_seconds(stepped)
     stall = _stalls(stepped, counted)
     rates = {group: 1 / (seconds + stall(group)) for group, seconds in usual.items()}
@@ -198,7 +198,7 @@ def progress(memberships: Sequence[Membership], now: float) -> Progress:
     begin = stepped[0].first_end
     end = max(member.last_end for member in stepped) if memberships[-1].first_step is not None else now
     if not bars or end <= begin:
-        return Progress(steps, lost_steps, restarts)
+        return RunTotals(steps, lost_steps, restarts)
 
     def possible(start: float, stop: float) -> float:
         """Steps of an undisturbed run."""
@@ -219,15 +219,18 @@ def progress(memberships: Sequence[Membership], now: float) -> Progress:
     lost = {"repeated": lost_steps, "absence": max(0.0, absent), "spares": slowed}
     lost = {cause: steps / undisturbed for cause, steps in lost.items()}
     lost["restarts"] = max(0.0, 1 - counted / undisturbed - sum(lost.values()))
-    return Progress(steps, lost_steps, restarts, min(1.0, counted / undisturbed), lost, rates[bars[-1][1]])
+    return RunTotals(steps, lost_steps, restarts, min(1.0, counted / undisturbed), lost, rates[bars[-1][1]])
 
 
-def _usual_seconds(stepped: Sequence[Membership]) -> tuple[dict[Group, float], set[Group]]:
+def _usual_seconds(stepped: Sequence[MembershipTimes]) -> tuple[dict[DeviceGroup, float], set[DeviceGroup]]:
     """Seconds of a step for every group that made enough of them, or for the one that made the most if none did.
 
     Also the groups of which they are the time of clear steps.
     """
-    steps, seconds, clear_steps, clear_seconds = Counter(), Counter(), Counter(), Counter()
+    steps: Counter[DeviceGroup] = Counter()
+    clear_steps: Counter[DeviceGroup] = Counter()
+    seconds: defaultdict[DeviceGroup, float] = defaultdict(float)
+    clear_seconds: defaultdict[DeviceGroup, float] = defaultdict(float)
     for member in stepped:
         steps[member.group] += member.steady_steps
         seconds[member.group] += member.steady_seconds
@@ -242,12 +245,12 @@ def _usual_seconds(stepped: Sequence[Membership]) -> tuple[dict[Group, float], s
     return usual | {group: clear_seconds[group] / clear_steps[group] for group in clear}, clear
 
 
-def _stalls(stepped: Sequence[Membership], counted: int) -> Callable[[Group], float]:
+def _stalls(stepped: Sequence[MembershipTimes], counted: int) -> Callable[[DeviceGroup], float]:
     """Seconds of stall a step, for every group."""
     numbers = sum((member.new_stalls + member.new_stalls_since for member in stepped), Counter())
     numbers -= stepped[-1].new_stalls_since  # what came after the last step of all is not in front of a step
 
-    def of(group: Group) -> float:
+    def of(group: DeviceGroup) -> float:
         total = 0.0
         for kind, number in numbers.items():
             had = [member for member in stepped if member.stall_counts[kind]]
@@ -259,7 +262,9 @@ def _stalls(stepped: Sequence[Membership], counted: int) -> Callable[[Group], fl
     return of
 
 
-def _bars(stepped: Sequence[Membership], rates: Mapping[Group, float]) -> Iterator[tuple[float, Group]]:
+def _bars(
+    stepped: Sequence[MembershipTimes], rates: Mapping[DeviceGroup, float]
+) -> Iterator[tuple[float, DeviceGroup]]:
     """From when on the run is held to the speed of which group: each is faster than those before it."""
     best = 0.0
     for member in stepped:

@@ -1,8 +1,7 @@
 """The ledger: every second of every worker is accounted for, and from it follow goodput, lost work, energy and cost.
 
-It is told what happens (`starting`, `started`, `joined`, `left`, `membership`, `record`) in the driver's monotonic
-clock, never a wall clock, and keeps sums, so that its memory does not grow with the steps. How goodput is reckoned
-stands in `cluster.accounts.goodput`.
+It takes the run's events, whose times are of the driver's monotonic clock and never of a wall clock, and keeps sums, so
+that its memory does not grow with the steps. How goodput is reckoned stands in `cluster.accounts.goodput`.
 """
 
 import statistics
@@ -15,9 +14,9 @@ from math import inf
 from typing import Any
 
 from cluster.accounts.figures import Figures, WorkerFigures
-from cluster.accounts.goodput import Membership, Start, progress
+from cluster.accounts.goodput import MembershipTimes, Start, run_totals
 from cluster.accounts.timeline import Kind, Timeline, TimelineBins
-from cluster.elastic.events import Event
+from cluster.elastic.events import Event, HostJoined, HostLeft, HostStarted, HostStarting, MembershipFormed
 from doge.common.errors import UserError
 
 
@@ -30,7 +29,7 @@ class LedgerRecipe:
     electricity_per_kwh: float = 0.0
     """What a kilowatt-hour costs on top; counted for devices whose energy can be read."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prices = {f"prices_per_hour.{name}": price for name, price in self.prices_per_hour.items()}
         for name, price in (prices | {"electricity_per_kwh": self.electricity_per_kwh}).items():
             if not 0 <= price < inf:
@@ -40,6 +39,26 @@ class LedgerRecipe:
         """None where no price fits the device."""
         parts = [part for part in self.prices_per_hour if part.lower() in device.lower()]
         return self.prices_per_hour[max(parts, key=len)] if parts else None
+
+
+@dataclass(frozen=True)
+class DriverStarted(Event):
+    """A driver of the run begins; all hosts of an earlier one are gone.
+
+    Args:
+        at: by its monotonic clock, which has nothing to do with an earlier driver's.
+        parameters: of the run, by their dotted names, as texts.
+    """
+
+    at: float
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkEnded(Event):
+    """The hosts of this driver have done what there was to do, or were stopped."""
+
+    at: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ class Ledger:
     def __init__(self, tokens_per_step: int, tokens_per_sequence: int):
         self.tokens_per_step, self.tokens_per_sequence = tokens_per_step, tokens_per_sequence
         self._hosts: dict[str, _Host] = {}
-        self._memberships: list[Membership] = []
+        self._memberships: list[MembershipTimes] = []
         self._drivers: list[float] = [0.0]  # when each driver began, on the ledger's own clock that stops in between
         self._timeline = TimelineBins()
         self._end = 0.0
@@ -108,60 +127,76 @@ class Ledger:
         self._origin: float | None = None  # the driver's clock when it began
         self._starts: dict[str, tuple[Start, float, float]] = {}  # of this driver's hosts: from when to when
 
-    def begin(self, at: float) -> None:
-        """The driver begins; without this, with the first that it tells."""
+    def take(self, event: Event) -> None:
+        """Take in what happened; events of other kinds change nothing."""
+        match event:
+            case DriverStarted():
+                self._begin(event.at)
+            case HostStarting():
+                kind: Start = "replacement" if event.replaces or len(self._drivers) > 1 else "first"
+                self._starts[event.host] = (kind, self._time(event.at), inf)
+            case HostStarted() if event.host in self._starts:
+                self._starts[event.host] = (*self._starts[event.host][:2], self._time(event.at))
+            case HostJoined():
+                self._join(event.host, event.node, "", event.at)
+            case HostLeft():
+                self._leave(event.host, event.at)
+            case MembershipFormed():
+                self._form(event.number, event.from_step, event.at)
+            case StepRecord():
+                self._record(event)
+            case WorkEnded():
+                for host in self._hosts:
+                    self._leave(host, event.at)
+
+    def _begin(self, at: float) -> None:
+        if self._origin is not None or self._hosts:  # an earlier driver is gone, and its hosts with it
+            for name, host in self._hosts.items():
+                host.left = self._until(host)
+                self._book(name, host, self._tail_kind(host), host.left)
+            self._drivers.append(self._end)
+            self._origin = None
+            self._index.clear()
+            self._starts.clear()
         self._time(at)
 
-    def joined(self, host: str, node: str, device: str, at: float) -> None:
+    def _join(self, name: str, node: str, device: str, at: float) -> None:
         """The host was asked for; its ``start`` begins."""
         now = self._time(at)
-        known = self._hosts.get(host)
+        known = self._hosts.get(name)
         if known is None:
-            self._hosts[host] = _Host(node, device, joined=now, booked=now)
+            self._hosts[name] = _Host(node, device, joined=now, booked=now)
         elif known.left is not None and now >= known.left:
-            self._end_stay(host, known)
+            self._end_stay(name, known)
             known.node, known.device = node, device
             known.joined = known.booked = now
             known.left = known.membership = None
 
-    def starting(self, host: str, replaces: bool, at: float) -> None:
-        """A process for a host is started and takes its share of a machine; ``replaces`` one that was lost."""
-        now = self._time(at)
-        kind: Start = "replacement" if replaces or len(self._drivers) > 1 else "first"
-        self._starts[host] = (kind, now, inf)
-
-    def started(self, host: str, at: float) -> None:
-        """The process is ready, or gone."""
-        now = self._time(at)
-        if host in self._starts:
-            kind, since, _ = self._starts[host]
-            self._starts[host] = (kind, since, now)
-
-    def left(self, host: str, at: float) -> None:
+    def _leave(self, name: str, at: float) -> None:
         """The host died or was let go. Its records may still come in later."""
-        now, known = self._time(at), self._hosts.get(host)
+        now, known = self._time(at), self._hosts.get(name)
         if known is not None and known.left is None:
             known.left = max(now, known.booked)
 
-    def membership(self, number: int, from_step: int, at: float) -> None:
+    def _form(self, number: int, from_step: int, at: float) -> None:
         """A new group is formed, whose first step is ``from_step`` + 1."""
         now = self._time(at)
         if number not in self._index:
             self._index[number] = len(self._memberships)
-            member = Membership(from_step, now, self._drivers[-1])
+            member = MembershipTimes(from_step, now, self._drivers[-1])
             if self._memberships:
                 member.follow(self._memberships[-1])
             self._memberships.append(member)
 
-    def record(self, record: StepRecord) -> None:
+    def _record(self, record: StepRecord) -> None:
         """Book what a host did since its last record."""
         took = sum(record.seconds.values())
         self._time(record.ended - took)  # the first that a driver hears may be this
         ended = self._time(record.ended)
         if record.host not in self._hosts:
-            self.joined(record.host, record.node, record.device, record.ended - took)
+            self._join(record.host, record.node, record.device, record.ended - took)
         if record.membership not in self._index:
-            self.membership(record.membership, record.step - ("step" in record.seconds), record.ended - took)
+            self._form(record.membership, record.step - ("step" in record.seconds), record.ended - took)
         host, index = self._hosts[record.host], self._index[record.membership]
         member = self._memberships[index]
         if ended <= host.booked:
@@ -188,18 +223,13 @@ class Ledger:
         for earlier, later in pairwise(self._memberships[index:]):  # news that comes late
             later.follow(earlier)
 
-    def close(self, at: float) -> None:
-        """Training is over: whoever is still there leaves."""
-        for host in self._hosts:
-            self.left(host, at)
-
     def figures(self, recipe: LedgerRecipe) -> Figures:
         """What it all comes to, so far."""
         workers = [self._worker(name, host, recipe) for name, host in self._hosts.items()]
         seconds: Counter[str] = Counter()
         for worker in workers:
             seconds.update(worker.seconds_of)
-        total, made = seconds.total(), progress(self._memberships, self._end)
+        total, made = seconds.total(), run_totals(self._memberships, self._end)
         tokens = made.steps * self.tokens_per_step
         energy = [worker.energy_kwh for worker in workers if worker.energy_kwh is not None]
         costs = [worker.cost for worker in workers if worker.cost is not None]
@@ -233,12 +263,18 @@ class Ledger:
         return Timeline(lanes, bins.bin_seconds, self._end, changes, self._drivers[1:])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, for a later driver to go on from."""
+        """All of it as JSON values, to go on from."""
+        starts = {
+            host: [kind, since, None if until == inf else until] for host, (kind, since, until) in self._starts.items()
+        }
         return {
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_sequence": self.tokens_per_sequence,
             "end": self._end,
             "drivers": self._drivers,
+            "origin": self._origin,
+            "index": list(self._index.items()),
+            "starts": starts,
             "hosts": {name: asdict(host) for name, host in self._hosts.items()},
             "memberships": [deepcopy(vars(member)) for member in self._memberships],
             "timeline": self._timeline.to_dict(),
@@ -246,20 +282,21 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Ledger":
-        """The ledger of a run that another driver goes on with. All hosts of the earlier one are gone."""
+        """The ledger that `to_dict` gave, of this driver or, once `DriverStarted` comes, of an earlier one."""
         ledger = cls(values["tokens_per_step"], values["tokens_per_sequence"])
         ledger._end = values["end"]
-        ledger._drivers = [*values["drivers"], values["end"]]
+        ledger._drivers = list(values["drivers"])
+        ledger._origin = values.get("origin")
+        ledger._index = dict(values.get("index", []))
+        starts = values.get("starts", {}).items()
+        ledger._starts = {host: (kind, since, inf if until is None else until) for host, (kind, since, until) in starts}
         ledger._hosts = {name: _Host(**host) for name, host in values["hosts"].items()}
-        ledger._memberships = [Membership(**member) for member in values["memberships"]]
+        ledger._memberships = [MembershipTimes(**member) for member in values["memberships"]]
         ledger._timeline = TimelineBins.from_dict(values["timeline"])
-        for name, host in ledger._hosts.items():
-            host.left = ledger._until(host)
-            ledger._book(name, host, ledger._tail_kind(host), host.left)
         return ledger
 
     def _time(self, at: float) -> float:
-        """The ledger's own time of a time of the driver's clock; the driver begins with what it tells first."""
+        """Convert a time of the driver's clock to seconds since the run began; the first event begins the run."""
         if self._origin is None:
             self._origin = at - self._drivers[-1]
         now = max(at - self._origin, self._drivers[-1])

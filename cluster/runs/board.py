@@ -1,11 +1,12 @@
-"""The board: an actor through which workers tell the driver what happens and learn that it is over.
+"""The board: an actor through which hosts tell the driver what happens and learn that the run is over.
 
-It lives on the driver's node and ends with the driver. What is posted before `settle` returns has been dealt with by
-the driver (logged, written), so that a checkpoint never gets ahead of its own record.
+It lives on the driver's node and ends with the driver. Events that are posted before `settle` is called are in the
+driver's journal when it returns, so that a checkpoint never gets ahead of the run's record.
 """
 
 import asyncio
 import time
+from typing import Any, Protocol
 
 from cluster.elastic.events import Event
 
@@ -13,53 +14,83 @@ from cluster.elastic.events import Event
 class Board:
     """The actor's class; `open_board` starts one."""
 
-    def __init__(self):
-        self._posts: list[Event] = []
-        self._handled = 0
+    def __init__(self) -> None:
+        self._waiting: list[Event] = []  # posts that are not in the journal yet
+        self._journaled = 0  # posts that are
         self._stopped: str | None = None
         self._unrecorded: str | None = None
         self._progress = asyncio.Condition()
 
     async def post(self, event: Event) -> None:
-        self._posts.append(event)
+        self._waiting.append(event)
 
-    async def take(self, handled: int) -> list[Event]:
-        """The posts after the first ``handled``, which the driver has dealt with."""
+    async def take(self, journaled: int) -> list[Event]:
+        """Drop the first ``journaled`` posts of all, which are in the journal, and return those after them."""
         async with self._progress:
-            for place in range(self._handled, handled):
-                self._posts[place] = None
-            self._handled = handled
+            del self._waiting[: journaled - self._journaled]
+            self._journaled = journaled
             self._progress.notify_all()
-        return self._posts[handled:]
+        return list(self._waiting)
 
     async def settle(self) -> str | None:
-        """Return once the driver has dealt with all that was posted before: None, or why it could not record it."""
-        posted = len(self._posts)
+        """Return once all that was posted before is in the journal: None, or why it cannot be recorded."""
+        posted = self._journaled + len(self._waiting)
         async with self._progress:
-            await self._progress.wait_for(lambda: self._handled >= posted)
+            await self._progress.wait_for(lambda: self._journaled >= posted)
         return self._unrecorded
 
     async def stop(self, reason: str, unrecorded: bool = False) -> None:
-        """End the run for good: no restart of the workers goes on. The first reason stays.
+        """End the run for good; the first reason stays.
 
-        ``unrecorded`` says that the driver cannot record any more, so that nothing may be committed either.
+        Args:
+            unrecorded: whether the driver cannot record any more, so that nothing may be committed either.
         """
         self._stopped = self._stopped or reason
         if unrecorded:
             self._unrecorded = self._unrecorded or reason
 
     async def stopped(self) -> str | None:
+        """Why the run was stopped, None while it was not."""
         return self._stopped
 
     async def now(self) -> float:
-        """The driver's node's monotonic clock, by which every host's is read."""
+        """Seconds of the monotonic clock of the driver's node, by which every host's is read."""
         return time.monotonic()
 
 
-def open_board():
-    """Start a board on this node; returns the actor's handle."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class DriverBoard(Protocol):
+    """The driver's side of a board, in calls that wait for their answer."""
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+    def take(self, journaled: int) -> list[Event]: ...
+
+    def stop(self, reason: str, unrecorded: bool = False) -> None: ...
+
+    def stopped(self) -> str | None: ...
+
+
+class BoardActor:
+    """A board that runs as an actor on this node; ``handle`` is what hosts are sent."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+        self.handle: Any = ray.remote(Board).options(**options).remote()
+
+    def take(self, journaled: int) -> list[Event]:
+        taken: list[Event] = self._answer(self.handle.take.remote(journaled))
+        return taken
+
+    def stop(self, reason: str, unrecorded: bool = False) -> None:
+        self._answer(self.handle.stop.remote(reason, unrecorded=unrecorded))
+
+    def stopped(self) -> str | None:
+        reason: str | None = self._answer(self.handle.stopped.remote())
+        return reason
+
+    def _answer(self, reference: Any) -> Any:
+        import ray
+
+        return ray.get(reference)

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from doge.common.words import duration
 
 
 class Console:
-    """Prints a run's progress; a terminal's last line is overwritten, a log's never.
+    """Prints a run's progress; a terminal's last line is overwritten, a log's never. Thread-safe.
 
     Args:
         max_steps: where the run ends, for the ETA.
@@ -21,17 +22,20 @@ class Console:
     def __init__(self, max_steps: int, logging_steps: int, output: TextIO | None = None):
         self._max_steps, self._logging_steps, self._output = max_steps, logging_steps, output or sys.stdout
         self._live = self._output.isatty()
+        self._lock = threading.Lock()
         self._line = ""
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._last: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._clear()
-        print(text, file=self._output, flush=True)
-        self._draw()
+        """Print a line that stays."""
+        with self._lock:
+            self._clear()
+            print(text, file=self._output, flush=True)
+            self._draw()
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Print labelled lines that stay."""
         rows = list(rows)
         width = max(len(label) for label, _ in rows)
         for label, text in rows:
@@ -51,17 +55,19 @@ class Console:
             f"learning rate {metrics['learning_rate']:.2e}  {eta} to go"
         )
         if self._live:
-            self._clear()
-            self._line = text
-            self._draw()
+            with self._lock:
+                self._clear()
+                self._line = text
+                self._draw()
         elif step % self._logging_steps == 0 or step == self._max_steps:
             self.say(text)
 
     def close(self) -> None:
         """Leave the live line as it stands."""
-        if self._line:
-            print(file=self._output, flush=True)
-            self._line = ""
+        with self._lock:
+            if self._line:
+                print(file=self._output, flush=True)
+                self._line = ""
 
     def _clear(self) -> None:
         if self._line:

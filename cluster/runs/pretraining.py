@@ -1,4 +1,4 @@
-"""A pretraining run as its driver sees it: prepare the data beside it, run the workers, record, report."""
+"""A pretraining run: the data prepared beside it, the model trained to its last step and exported."""
 
 import json
 import threading
@@ -7,53 +7,88 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.machines.connection import connect, resolve_seats
-from cluster.runs.board import open_board
+from cluster.runs.board import BoardActor
 from cluster.runs.console import Console
+from cluster.runs.forecast import remember_speeds
 from cluster.runs.recipe import Recipe, check_same_run
-from cluster.runs.recorder import Recorder
+from cluster.runs.run import Run, RunConfig
+from cluster.runs.sinks.ledger_sink import measured_speeds
 from cluster.runs.summary import Summary, summarise
 from doge.common.config_tree import flatten, from_dict, to_yaml
 from doge.common.errors import UserError
-from doge.common.lease import Lease
+from doge.common.lease import Claim
 from doge.common.storage import Storage
 from doge.model.configuration import check_same_function
-from doge.reporting.tracking import Tracker
 
 if TYPE_CHECKING:
-    from cluster.machines.scaling import SeatRequest
+    from cluster.elastic.workload import Job
     from data_pipelines.order.plan import Plan
     from doge.training.state.run_position import RunPosition
 
 
 def pretrain(recipe: Recipe, start_from: str | None = None) -> Summary:
-    """Train the recipe's model to its last step, going on where an earlier call with the same name stopped.
+    """Train the recipe's model to its last step, or resume where an earlier call with the same name stopped.
 
     Args:
-        recipe: of the run.
         start_from: path or URI of a checkpoint to begin a new run with.
 
     Raises:
         UserError: bad input, said in one sentence.
     """
     recipe.check()
-    run = Run(recipe, start_from)
+    pretraining = Pretraining(recipe, start_from)
     try:
-        summary = run.finished() or run.execute()
+        summary = pretraining.finished() or pretraining.execute()
     finally:
-        run.console.close()
-    summary.show(run.console)
+        pretraining.console.close()
+    summary.show(pretraining.console)
     return summary
 
 
-class Run:
-    """One call of `pretrain`: the pieces around the worker group."""
+def pretraining_job(
+    recipe: Recipe, plan: "Plan", storage: Storage, claim: Claim, start_from: str | None, use_gpu: bool, board: Any
+) -> "Job":
+    """The job that the hosts of a pretraining run are sent.
+
+    Args:
+        storage: Root of everything durable, as every node opens it.
+        start_from: Path or URI of a checkpoint to begin a new run with.
+        board: Actor handle to which the hosts post.
+    """
+    from cluster.elastic.workload import Job
+    from cluster.machines.head_storage import share
+    from cluster.runs.pretraining_phases import pretraining_settings
+
+    return Job(
+        name=recipe.name,
+        workload="cluster.workloads.training:TrainingWorkload",
+        settings=pretraining_settings(recipe, plan, share(Storage(start_from)) if start_from else None),
+        storage=storage,
+        claim=claim,
+        board=board,
+        use_gpu=use_gpu,
+    )
+
+
+class Pretraining:
+    """One call of `pretrain`."""
 
     def __init__(self, recipe: Recipe, start_from: str | None):
+        training, length = recipe.training, recipe.data.sequence_length
         self.recipe, self.start_from = recipe, start_from
         self.storage = Storage(recipe.storage)
-        self.directory = self.storage / f"runs/{recipe.name}"
-        self.console = Console(recipe.training.max_steps, recipe.training.logging_steps)
-        self._board: Any = None
+        self.console = Console(training.max_steps, training.logging_steps)
+        config = RunConfig(
+            name=recipe.name,
+            storage=self.storage,
+            scaling=recipe.scaling,
+            tracking=recipe.tracking,
+            ledger=recipe.ledger,
+            parameters=flatten(recipe),
+            tokens_per_step=training.global_batch_size * length,
+            tokens_per_unit=length,
+        )
+        self.run = Run(config, self.console)
         self._start: RunPosition | None = None  # where the checkpoint to start from stands
 
     def finished(self) -> Summary | None:
@@ -63,48 +98,43 @@ class Run:
             return None
         check_same_run(self.recipe, started)
         with suppress(FileNotFoundError):
-            summary = from_dict(Summary, json.loads(self.directory.read_bytes("summary.json")))
+            summary = from_dict(Summary, json.loads(self.run.directory.read_bytes("summary.json")))
             if summary.step >= self.recipe.training.max_steps:
                 self.console.say(
                     f"The run {self.recipe.name} is finished; --name NEW starts another, a larger "
                     "--training.max-steps goes on with it."
                 )
+                self.run.deliver_rest()
                 return summary
         return None
 
     def execute(self) -> Summary:
-        console, recipe = self.console, self.recipe
+        """Train to the last step; raises UserError where that cannot be done."""
+        console, recipe, run = self.console, self.recipe, self.run
         console.say(f"Pretraining {recipe.name}")
         console.table(recipe.plan())
         self._check_start()
         connect(recipe.scaling)
         seats, use_gpu = resolve_seats(recipe.scaling)
-        with Lease(self.directory, f"the training of {recipe.name}", on_lost=self._stop) as lease:
+        with run.claim() as claim:
             plan = self._plan_data()
-            tracker = Tracker(recipe.tracking, self.storage, self.directory, recipe.name)
-            status = "FAILED"
-            try:
-                tracker.log_params(flatten(recipe))
-                self.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
-                self.directory.write_bytes("data_plan", plan.fingerprint.encode())
-                account = self._train(plan, tracker, seats, use_gpu, lease)
-                summary = summarise(recipe, plan, self.storage, self.directory, tracker, console)
-                status = "FINISHED"
-            except KeyboardInterrupt:
-                status = "KILLED"
-                raise
-            finally:
-                tracker.finish(status)
+            with run.record():
+                from cluster.machines.head_storage import share
+
+                run.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
+                run.directory.write_bytes("data_plan", plan.fingerprint.encode())
+                storage = share(self.storage)
+                run.work(
+                    lambda board: pretraining_job(recipe, plan, storage, claim, self.start_from, use_gpu, board),
+                    seats,
+                    lambda board, over: self._prepare(plan, storage, board, over),
+                )
+                figures = run.report(recipe.training.max_steps)
+                remember_speeds(recipe, self.storage, measured_speeds(figures))
+                summary = summarise(recipe, plan, self.storage, run)
         console.say("")
-        console.table(account)
+        console.table([*figures.rows(), ("timeline", run.directory.path("timeline.png"))])
         return summary
-
-    def _stop(self, reason: str) -> None:
-        """End the run for good, with a sentence."""
-        import ray
-
-        if self._board is not None:
-            ray.get(self._board.stop.remote(reason))
 
     def _plan_data(self) -> "Plan":
         """List the data and make the tokenizer, which must fit the model; a run with a checkpoint keeps its plan."""
@@ -114,7 +144,7 @@ class Run:
         recipe, started = self.recipe, self._started_recipe() if self._steps() else None
         if started and (started.data, started.tokenizer) == (recipe.data, recipe.tokenizer):
             with suppress(FileNotFoundError):
-                return load_plan(self.storage, self.directory.read_bytes("data_plan").decode())
+                return load_plan(self.storage, self.run.directory.read_bytes("data_plan").decode())
         plan = make_plan(recipe.data, recipe.tokenizer, self.storage, self.console.say)
         check_vocabulary(plan.open_tokenizer(self.storage), recipe.model.build().vocab_size)
         if self._start and (used := self._start.tokenizer) != plan.tokenizer_fingerprint:
@@ -127,90 +157,36 @@ class Run:
             )
         return plan
 
-    def _train(
-        self, plan: "Plan", tracker: Tracker, seats: "SeatRequest", use_gpu: bool, lease: Lease
-    ) -> list[tuple[str, str]]:
-        """Run the workers to the last step; the ledger's account of it, as labelled lines."""
-        import ray
-        import ray.train
-
-        from cluster.elastic.coordinator import open_coordinator
-        from cluster.elastic.seat import SeatConfig, take_seat
-        from cluster.elastic.seat_trainer import SeatTrainer
-        from cluster.elastic.workload import Job
-        from cluster.machines.head_storage import share
-        from cluster.runs.pretraining_phases import pretraining_settings
-
-        recipe, board = self.recipe, open_board()
-        self._board = board
-        storage = share(self.storage)
-        start_from = share(Storage(self.start_from)) if self.start_from else None
-        job = Job(
-            name=recipe.name,
-            workload="cluster.workloads.training:TrainingWorkload",
-            settings=pretraining_settings(recipe, plan, start_from),
-            storage=storage,
-            claim=lease.claim,
-            board=board,
-            use_gpu=use_gpu,
-        )
-        coordinator = open_coordinator(recipe.name, job, recipe.scaling)
-        recorder = Recorder(recipe, board, self.storage, self.directory, tracker, self.console)
-        preparation = threading.Thread(target=self._prepare, args=(plan, storage, board, recorder), daemon=True)
-        attempt = f"{recipe.name}-{int(time.time())}"
-        trainer = SeatTrainer(take_seat, SeatConfig(coordinator), seats, attempt, self.storage.path("ray_train"))
-        with recorder:
-            preparation.start()
-            try:
-                conducted = coordinator.conduct.remote()
-                trainer.fit()
-                ray.get(conducted)
-            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-                last = str(error).strip().splitlines()[-1]
-                ray.get(board.stop.remote(f"Ray ended the run ({last}): the same command goes on with it."))
-            finally:
-                recorder.over = True
-                reason = ray.get(board.stopped.remote())
-                ray.kill(coordinator)
-            preparation.join(timeout=10)  # all that training needed is there
-        if reason:
-            raise UserError(reason)
-        return recorder.report(recipe.training.max_steps)
-
-    def _prepare(self, plan: "Plan", storage: Storage, board, recorder: "Recorder") -> None:
+    def _prepare(self, plan: "Plan", storage: Storage, board: BoardActor, over: threading.Event) -> None:
         """Make the shards that this run needs; a failure ends the run with its sentence."""
         from data_pipelines.prepare import prepare
 
         told = 0.0
 
-        def tell(progress) -> None:
+        def tell(progress: object) -> None:
             nonlocal told
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 self.console.say(f"Data {progress}")
 
         try:
-            needed = self.recipe.training_sequences
-            progress = prepare(plan, storage, needed, tell, should_stop=lambda: recorder.over)
+            progress = prepare(plan, storage, self.recipe.training_sequences, tell, should_stop=over.is_set)
             if progress.documents:
                 self.console.say(f"Data {progress}")
         except Exception as error:
-            import ray
-
-            reason = str(error) if isinstance(error, UserError) else f"Preparing the data failed: {error!r}."
-            ray.get(board.stop.remote(reason))
+            board.stop(str(error) if isinstance(error, UserError) else f"Preparing the data failed: {error!r}.")
 
     def _steps(self) -> list[int]:
         """Steps of the run's checkpoints."""
         from doge.training.state.checkpoint import Checkpoints
 
-        return Checkpoints(self.directory / "checkpoints").steps()
+        return Checkpoints(self.run.directory / "checkpoints").steps()
 
     def _started_recipe(self) -> Recipe | None:
         import yaml
 
         try:
-            return from_dict(Recipe, yaml.safe_load(self.directory.read_bytes("recipe.yaml")))
+            return from_dict(Recipe, yaml.safe_load(self.run.directory.read_bytes("recipe.yaml")))
         except FileNotFoundError:
             return None
 

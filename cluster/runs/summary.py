@@ -2,20 +2,27 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.runs.console import Console
 from cluster.runs.recipe import Recipe
+from cluster.runs.run import Run
+from cluster.runs.run_events import FileWritten
+from cluster.workloads.events import MetricsMeasured
 from doge.common.storage import Storage
-from doge.reporting.tracking import Tracker
+from doge.reporting.tracking import show_command, tracking_uri
 
 if TYPE_CHECKING:
-    from data_pipelines.order.plan import Plan
+    import numpy as np
 
-# The baselines are counted on at most so many sequences, evenly spread over those that the run saw.
-_COUNTED_SEQUENCES = 50_000
+    from data_pipelines.order.packed_sequences import PackedSequences
+    from data_pipelines.order.plan import Plan
+    from doge.evaluation.ngrams import Baselines
+
+_COUNTED_SEQUENCES = 50_000  # the most that baselines are counted on, evenly spread over those that the run saw
 _CHUNK = 256
 _PROMPTS = ("def main():", "The purpose of this", "Return the")
 
@@ -52,66 +59,66 @@ class Summary:
         console.table(rows)
 
 
-def summarise(
-    recipe: Recipe, plan: "Plan", storage: Storage, directory: Storage, tracker: Tracker, console: Console
-) -> Summary:
-    """Export the last checkpoint of a run that has ended, measure the baselines, draw, sample, and log all of it."""
+def summarise(recipe: Recipe, plan: "Plan", storage: Storage, run: Run) -> Summary:
+    """Export the last checkpoint of a run that has ended, measure the baselines, draw, sample, and record all of it."""
     from doge.conversion.export import export_model
     from doge.generation.samples import generate_samples
     from doge.reporting.plots import plot_losses
     from doge.training.state.checkpoint import Checkpoints
 
-    console.say("Exporting the model and counting the baselines.")
+    run.console.say("Exporting the model and counting the baselines.")
+    directory = run.directory
     state, position = Checkpoints(directory / "checkpoints").latest()
     tokenizer = plan.open_tokenizer(storage)
     model = export_model(state, recipe.model.build(), tokenizer, directory, "model")
     samples = list(zip(_PROMPTS, generate_samples(model, tokenizer, _PROMPTS), strict=True))
-    losses = tracker.history("held_out_loss")
-    unigram, bigram, counted = _baselines(recipe, plan, storage, position.next_unit)
+    losses = run.curve("held_out_loss")
+    baselines = _baselines(recipe, plan, storage, position.next_unit)
     summary = Summary(
         name=recipe.name,
         step=state.step,
         tokens_seen=position.tokens_seen,
         held_out_loss=dict(losses).get(state.step),
-        unigram_loss=unigram,
-        bigram_loss=bigram,
-        baseline_tokens=counted,
+        unigram_loss=baselines.unigram if baselines else None,
+        bigram_loss=baselines.bigram if baselines else None,
+        baseline_tokens=baselines.tokens if baselines else 0,
         model=directory.path("model"),
         plot=directory.path("loss.png"),
         samples=samples,
-        show_command=tracker.show_command,
+        show_command=show_command(tracking_uri(recipe.tracking, storage)),
     )
-    baselines = {"unigram": unigram, "interpolated bigram": bigram} if losses else {}
+    levels = {"unigram": baselines.unigram, "interpolated bigram": baselines.bigram} if baselines else {}
     with tempfile.TemporaryDirectory() as folder:
-        plot, text = Path(folder, "loss.png"), Path(folder, "samples.txt")
-        plot_losses(plot, tracker.history("loss"), losses, baselines, recipe.name)
-        text.write_text("\n\n".join(f"{prompt}{sample}" for prompt, sample in samples))
+        plot = Path(folder, "loss.png")
+        plot_losses(plot, run.curve("loss"), losses, levels, recipe.name)
         directory.write_bytes("loss.png", plot.read_bytes())
-        tracker.log_artifact(plot)
-        tracker.log_artifact(text)
-    if losses:
-        tracker.log_metrics([{"step": state.step, "unigram_loss": unigram, "bigram_loss": bigram}])
+    text = "\n\n".join(f"{prompt}{sample}" for prompt, sample in samples)
+    directory.write_bytes("samples.txt", text.encode())
+    for name in ("loss.png", "samples.txt"):
+        run.post(FileWritten(name))
+    if baselines:
+        measured = {"unigram_loss": baselines.unigram, "bigram_loss": baselines.bigram}
+        run.post(MetricsMeasured(state.step, measured))
     directory.write_bytes("summary.json", json.dumps(asdict(summary), indent=1).encode())
     return summary
 
 
-def _baselines(
-    recipe: Recipe, plan: "Plan", storage: Storage, sequences: int
-) -> tuple[float | None, float | None, int]:
-    """Held-out losses of the unigram and bigram models, and the tokens that they were counted on."""
+def _baselines(recipe: Recipe, plan: "Plan", storage: Storage, sequences: int) -> "Baselines | None":
+    """Baselines counted on the first ``sequences`` of the run; None where the recipe holds nothing out."""
     from data_pipelines.order.packed_sequences import PackedSequences
-    from doge.evaluation.ngrams import NgramBaselines
+    from doge.evaluation.ngrams import measure_baselines
 
     held_out = recipe.data.held_out_sequences
     if held_out == 0:
-        return None, None, 0
-    training = PackedSequences(storage, plan.fingerprint)
-    feed = PackedSequences(storage, plan.fingerprint, held_out=True)
-    ngrams = NgramBaselines(recipe.model.build().vocab_size)
+        return None
     stride = max(1, -(-sequences // _COUNTED_SEQUENCES)) * _CHUNK
-    for start in range(0, sequences, stride):
-        batch = training.read(start, min(start + _CHUNK, sequences))
-        ngrams.count(batch.tokens, batch.labels)
-    chunks = (feed.read(at, min(at + _CHUNK, held_out)) for at in range(0, held_out, _CHUNK))
-    unigram, bigram = ngrams.losses((chunk.tokens, chunk.labels) for chunk in chunks)
-    return unigram, bigram, ngrams.tokens
+    training = _chunks(PackedSequences(storage, plan.fingerprint), range(0, sequences, stride))
+    feed = PackedSequences(storage, plan.fingerprint, held_out=True)
+    return measure_baselines(recipe.model.build().vocab_size, training, _chunks(feed, range(0, held_out, _CHUNK)))
+
+
+def _chunks(feed: "PackedSequences", starts: range) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """``(tokens, labels)`` of the sequences that follow each start."""
+    for start in starts:
+        chunk = feed.read(start, min(start + _CHUNK, starts.stop))
+        yield chunk.tokens, chunk.labels

@@ -1,12 +1,37 @@
 """N-gram baselines that a model must beat, counted on the tokens that it was trained on."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.integer[Any]]
+TokenArrays = Iterable[tuple[Ints, Ints]]
+"""``(tokens, labels)`` arrays, each of shape (sequences, sequence_length)."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Mean losses, in nats per token, of the baselines over held-out sequences.
+
+    Args:
+        tokens: Number of training targets that both models were counted on.
+    """
+
+    unigram: float
+    bigram: float
+    tokens: int
+
+
+def measure_baselines(vocab_size: int, training: TokenArrays, held_out: TokenArrays) -> Baselines:
+    """Count both models on the training sequences and measure their losses on the held-out ones."""
+    ngrams = NgramBaselines(vocab_size)
+    for tokens, labels in training:
+        ngrams.count(tokens, labels)
+    unigram, bigram = ngrams.losses(held_out)
+    return Baselines(unigram, bigram, ngrams.tokens)
 
 
 class NgramBaselines:
@@ -41,7 +66,7 @@ class NgramBaselines:
         np.add.at(totals, inverse, np.concatenate([self._counts, counts]))
         self._pairs, self._counts = merged, totals
 
-    def losses(self, sequences: Iterable[tuple[Ints, Ints]]) -> tuple[float, float]:
+    def losses(self, sequences: TokenArrays) -> tuple[float, float]:
         """Mean losses, in nats per token, of the unigram and the bigram model over ``(tokens, labels)`` arrays."""
         unigram = (self._unigrams + 1) / (self.tokens + self.vocab_size)
         contexts = self._pairs // self.vocab_size

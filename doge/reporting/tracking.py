@@ -1,9 +1,12 @@
-"""Tracking in MLflow: a training run is one MLflow run, however often it is interrupted."""
+"""Tracking in MLflow: a training run is one MLflow run, however often it is interrupted.
+
+A store may be locked, hang or be gone: every call may then fail or take long, and may be repeated without harm.
+"""
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,12 @@ from doge.common.errors import UserError
 from doge.common.storage import Storage
 
 OPENING_SECONDS = 120.0  # to wait at most for other processes that open the same store
+REQUEST_SECONDS = 30  # for one answer of a tracking server
+METRICS_PER_REQUEST = 1000  # MLflow's limit
 
 _RUN_FILE = "mlflow.json"
+_SQLITE = "sqlite:///"
+_NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "NOT_FOUND")
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,28 @@ class TrackingRecipe:
             raise UserError(f"tracking.profile_steps must not be negative, not {self.profile_steps}.")
 
 
+class TrackingBusy(UserError):
+    """The tracking store is locked or has not answered in time; later it may."""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """Metrics that were measured together.
+
+    Args:
+        metrics: the first name tells which rows are of one kind; a step has one row of a kind.
+        time: when, in seconds since 1970.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    time: float
+
+
 class Tracker:
     """The MLflow run of a training run, created at the first start and continued at every later one.
 
-    Every method but `finish` raises UserError if MLflow does not answer.
+    Every method raises UserError if MLflow does not answer, TrackingBusy if that may pass by itself.
 
     Args:
         recipe: Where to track.
@@ -51,15 +76,27 @@ class Tracker:
     """
 
     def __init__(self, recipe: TrackingRecipe, storage: Storage, run: Storage, name: str):
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # What goes wrong is said in a sentence of our own, after which the caller tries again.
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        self.uri = tracking_uri(recipe, storage)
+        if self.uri.startswith(_SQLITE):  # a pooled connection would go on writing to a file that was replaced
+            os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
         from mlflow.tracking import MlflowClient
 
-        self.uri = recipe.uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(storage)
         self._logged: dict[str, int] = {}  # the newest step of each row's first metric
+        self._opened = False
         with self._answering(), self._opening():
             self._client = MlflowClient(self.uri)
             self.run_id = self._continued(run) or self._created(recipe, storage, run, name)
+        self._opened = True
+
+    def resume(self) -> None:
+        """Set the status to ``RUNNING``."""
+        with self._answering():
+            self._client.update_run(self.run_id, status="RUNNING")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters that the run does not have yet; MLflow refuses changes of the others."""
@@ -71,30 +108,38 @@ class Tracker:
             for start in range(0, len(new), 100):
                 self._client.log_batch(self.run_id, params=new[start : start + 100])
 
-    def log_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Log rows of metrics, each with its ``step``; a row is left out if its first metric already has that step.
+    def log_metrics(self, rows: Sequence[MetricRow]) -> None:
+        """Log rows of metrics; a row is left out if its first metric already has that step or a later one.
 
         After an interruption, training repeats the steps since its last checkpoint, with equal results.
         """
-        import time
-
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics: list[Metric] = []
+        new: list[MetricRow] = []
         logged: dict[str, int] = {}
         for row in rows:
-            first = next(key for key in row if key != "step")
+            first = next(iter(row.metrics))
             if first not in self._logged:
                 self._logged[first] = max((step for step, _ in self.history(first)), default=-1)
-            if row["step"] <= logged.get(first, self._logged[first]):
-                continue
-            logged[first] = int(row["step"])
-            metrics += [Metric(k, float(v), now, int(row["step"])) for k, v in row.items() if k != "step"]
-        for start in range(0, len(metrics), 1000):
-            with self._answering():
-                self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
-        self._logged |= logged
+            if row.step > logged.get(first, self._logged[first]):
+                logged[first] = row.step
+                new.append(row)
+        for batch in _batches(new):
+            try:
+                self._log_batch(batch)
+            except UserError:
+                self._logged.clear()  # what has arrived all the same, its history tells
+                raise
+            self._logged |= {next(iter(row.metrics)): row.step for row in batch}
+
+    def _log_batch(self, rows: Sequence[MetricRow]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, float(value), int(row.time * 1000), row.step)
+            for row in rows
+            for name, value in row.metrics.items()
+        ]
+        with self._answering():
+            self._client.log_batch(self.run_id, metrics=metrics)
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """All ``(step, value)`` pairs of a metric, ordered by step."""
@@ -107,35 +152,34 @@ class Tracker:
             self._client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: str) -> None:
-        """Set the status: ``FINISHED``, ``FAILED`` or ``KILLED``. A server that does not answer is ignored."""
-        with suppress(UserError), self._answering():
+        """Set the status: ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        with self._answering():
             self._client.set_terminated(self.run_id, status)
-
-    @property
-    def show_command(self) -> str:
-        """The command that shows the runs."""
-        if self.uri.startswith("http"):
-            return f"open {self.uri}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Turn MLflow's errors into UserErrors; every kind of store raises errors of its own."""
         try:
+            if self._opened and self.uri.startswith(_SQLITE) and not os.path.exists(self.uri.removeprefix(_SQLITE)):
+                raise UserError(
+                    f"MLflow's database {self.uri} is gone: bring it back."
+                )  # not an empty one in its place
             yield
         except UserError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
+            if any(word in str(error) for word in ("locked", "file lock", "timed out", "timeout")):
+                raise TrackingBusy(f"MLflow at {self.uri} does not answer now ({reason}).") from error
             raise UserError(f"MLflow at {self.uri} does not answer ({reason}): check --tracking.uri.") from error
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
         """Let one process of this machine at a time open an SQLite file: MLflow cannot create tables twice at once."""
-        if not self.uri.startswith("sqlite:///"):
+        if not self.uri.startswith(_SQLITE):
             yield
             return
-        database = Path(self.uri.removeprefix("sqlite:///"))
+        database = Path(self.uri.removeprefix(_SQLITE))
         database.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{database}.lock", timeout=OPENING_SECONDS):
             yield
@@ -145,11 +189,15 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            run_id: str = json.loads(run.read_bytes(_RUN_FILE))["run_id"]
-            self._client.update_run(run_id, status="RUNNING")
-        except (FileNotFoundError, MlflowException):  # never tracked, or tracked elsewhere
+            remembered = json.loads(run.read_bytes(_RUN_FILE))
+            self._client.update_run(remembered["run_id"], status="RUNNING")
+        except FileNotFoundError:  # never tracked
             return None
-        return run_id
+        except MlflowException as error:
+            if error.error_code in _NO_SUCH_RUN:  # tracked elsewhere
+                return None
+            raise
+        return str(remembered["run_id"])
 
     def _created(self, recipe: TrackingRecipe, storage: Storage, run: Storage, name: str) -> str:
         experiment = self._client.get_experiment_by_name(recipe.experiment)
@@ -158,12 +206,32 @@ class Tracker:
         else:
             artifacts = storage.path("mlflow-artifacts") if self.uri.startswith("sqlite:") else None
             experiment_id = self._client.create_experiment(recipe.experiment, artifact_location=artifacts)
-        run_id: str = self._client.create_run(experiment_id, run_name=name).info.run_id
+        run_id = str(self._client.create_run(experiment_id, run_name=name).info.run_id)
         run.write_bytes(_RUN_FILE, json.dumps({"run_id": run_id, "uri": self.uri}).encode())
         return run_id
 
 
-def _default_uri(storage: Storage) -> str:
+def tracking_uri(recipe: TrackingRecipe, storage: Storage) -> str:
+    """The tracking URI of a run; see `TrackingRecipe.uri`."""
+    if uri := recipe.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
     if storage.is_local:
-        return f"sqlite:///{storage.root}/mlflow.db"
-    return f"sqlite:///{os.path.expanduser('~/doge/mlflow.db')}"
+        return f"{_SQLITE}{storage.root}/mlflow.db"
+    return f"{_SQLITE}{os.path.expanduser('~/doge/mlflow.db')}"
+
+
+def show_command(uri: str) -> str:
+    """The command that shows the runs that are tracked at a URI."""
+    return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def _batches(rows: Sequence[MetricRow]) -> Iterator[list[MetricRow]]:
+    """Rows in requests that MLflow takes; a row is never divided, since it is known by its first metric alone."""
+    batch: list[MetricRow] = []
+    for row in rows:
+        if batch and sum(len(other.metrics) for other in batch) + len(row.metrics) > METRICS_PER_REQUEST:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import losses, samples, small_recipe
 
-from cluster.runs.pretraining import Run, pretrain
+from cluster.runs.pretraining import Pretraining, pretrain
 from doge.common.config_tree import to_yaml
 from doge.common.errors import UserError
 
@@ -84,7 +84,7 @@ def test_other_data_needs_the_tokenizer_that_the_weights_read_by(undisturbed, te
 def test_a_run_does_not_go_back(undisturbed, texts):
     shorter = small_recipe(undisturbed[0].storage, texts, training={"max_steps": 25})
     with pytest.raises(UserError, match="is at step 30 already"):
-        Run(shorter, None).execute()
+        Pretraining(shorter, None).execute()
 
 
 def test_more_workers_than_the_cluster_can_hold_are_refused(ray_cluster, texts, tmp_path):

@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass, field
 
-from cluster.accounts.ledger import Ledger, StepRecord
+from cluster.accounts.ledger import DriverStarted, Ledger, StepRecord, WorkEnded
+from cluster.elastic.events import HostJoined, HostLeft, HostStarted, HostStarting, MembershipFormed
 
 SEQUENCES, SEQUENCE_LENGTH = 64, 128
 TOKENS_PER_STEP = SEQUENCES * SEQUENCE_LENGTH
@@ -38,20 +39,21 @@ class SimulatedRun:
         """Run until ``seconds`` after the first step began. Returns the tokens that count."""
         chance, ledger = random.Random(self.seed), self.ledger
         at, workers, names = self.clock, {}, iter(range(1000))
+        ledger.take(DriverStarted(at))
         for slot in range(len(self.speeds)):
             workers[slot] = f"host-{next(names)}"
-            ledger.joined(workers[slot], f"node-{slot // 2}", self._device(slot), at)
+            ledger.take(HostJoined(workers[slot], f"node-{slot // 2}", at))
         missing: dict[int, float] = {}  # slot → when its new worker is there
         number, step, begun, kill, spare, spare_until = 1, self.highest, None, None, "", 0.0
         late: list[StepRecord] = []
         while True:
             # A new group: it goes on from the last commit.
             step = step - step % self.save_steps
-            ledger.membership(number, step, at)
+            ledger.take(MembershipFormed(number, at, len(workers), step, self.highest, 0.0, None))
             at += chance.uniform(*self.restart_seconds)
             if self.spare_seconds and not spare and (begun is None or not missing):
                 spare, spare_until = f"spare-{number}", at + self.spare_seconds
-                ledger.starting(spare, begun is not None, at)
+                ledger.take(HostStarting(spare, begun is not None, at))
             if begun is None:
                 begun = at
             kill = kill or self._next_kill(chance, at)
@@ -64,14 +66,14 @@ class SimulatedRun:
                 if kill < at + took and len(workers) > 1:
                     slot = chance.choice(sorted(workers)) if self.replace_seconds < seconds else min(workers)
                     self.killed_at = kill - begun
-                    ledger.left(workers.pop(slot), kill + chance.uniform(0, 2))
+                    ledger.take(HostLeft(workers.pop(slot), kill + chance.uniform(0, 2)))
                     missing[slot] = kill + self.replace_seconds
                     at = kill + chance.uniform(1, 4)  # until it is noticed
                     kill = self._next_kill(chance, at)
                     break
                 at, step = at + took, step + 1
                 if spare and spare_until <= at:
-                    ledger.started(spare, spare_until)
+                    ledger.take(HostStarted(spare, spare_until))
                     spare = ""
                 if at - begun <= seconds:
                     self.highest = max(self.highest, step)
@@ -83,9 +85,7 @@ class SimulatedRun:
                     for slot in ready:
                         del missing[slot]
                         workers[slot] = f"host-{next(names)}"
-                        ledger.joined(
-                            workers[slot], f"node-{slot // 2}", self._device(slot), at - self.replace_seconds / 3
-                        )
+                        ledger.take(HostJoined(workers[slot], f"node-{slot // 2}", at - self.replace_seconds / 3))
                     break
             number += 1
 
@@ -120,11 +120,11 @@ class SimulatedRun:
     def _deliver(self, late: list[StepRecord], chance: random.Random) -> None:
         order = {record.host: chance.random() for record in late}
         for record in sorted(late, key=lambda record: order[record.host]):
-            self.ledger.record(record)
+            self.ledger.take(record)
         late.clear()
 
     def _finish(self, at: float, late: list[StepRecord]) -> float:
         self._deliver(late, random.Random(0))
-        self.ledger.close(at)
+        self.ledger.take(WorkEnded(at))
         self.clock = at + 1e6  # another driver's clock has nothing to do with this one's
         return self.highest * TOKENS_PER_STEP

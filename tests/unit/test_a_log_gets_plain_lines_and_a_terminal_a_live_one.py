@@ -11,7 +11,7 @@ class Terminal(io.StringIO):
 
 def steps(console: Console, last: int) -> None:
     for step in range(1, last + 1):
-        console.step({"step": step, "loss": 2.0, "tokens_per_s": 1000.0, "learning_rate": 1e-3})
+        console.step(step, {"loss": 2.0, "tokens_per_s": 1000.0, "learning_rate": 1e-3})
 
 
 def test_a_log_gets_a_line_every_logging_steps():

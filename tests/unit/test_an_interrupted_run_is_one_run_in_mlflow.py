@@ -7,7 +7,7 @@ from filelock import FileLock
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 from doge.reporting import tracking
-from doge.reporting.tracking import Tracker, TrackingRecipe
+from doge.reporting.tracking import MetricRow, Tracker, TrackingRecipe
 
 
 @pytest.fixture
@@ -17,17 +17,21 @@ def track(tmp_path, monkeypatch):
     return lambda **recipe: Tracker(TrackingRecipe(**recipe), root, root / "runs/small", "small")
 
 
+def row(step: int, **metrics: float) -> MetricRow:
+    return MetricRow(step, metrics, 1.7e9 + step)
+
+
 def test_a_resumed_run_goes_on_in_the_same_run_without_repeating_a_step(track):
     first = track()
     first.log_params({"optimizer.lr": 0.1, "model.preset": "Doge-20M"})
-    first.log_metrics([{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in range(1, 21)])
+    first.log_metrics([row(step, loss=1 / step, learning_rate=0.1) for step in range(1, 21)])
     first.finish("FAILED")
 
     again = track()
     assert again.run_id == first.run_id
     again.log_params({"optimizer.lr": 0.1, "scaling.num_workers": 2})
-    again.log_metrics([{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in range(11, 31)])
-    again.log_metrics([{"step": 30, "held_out_loss": 2.0}, {"step": 30, "loss": 9.0}])
+    again.log_metrics([row(step, loss=1 / step, learning_rate=0.1) for step in range(11, 31)])
+    again.log_metrics([row(30, held_out_loss=2.0), row(30, loss=9.0)])
     assert again.history("loss") == [(step, 1 / step) for step in range(1, 31)]
     assert again.history("learning_rate") == [(step, 0.1) for step in range(1, 31)]
     assert again.history("held_out_loss") == [(30, 2.0)]
@@ -80,3 +84,21 @@ def test_the_environment_names_the_store(track, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere/other.db")
     assert track().uri.endswith("elsewhere/other.db")
     assert (tmp_path / "elsewhere/other.db").exists()
+
+
+def test_a_request_that_arrived_though_nobody_knew_it_is_not_there_twice(track, monkeypatch):
+    tracker = track()
+    log_batch = tracker._client.log_batch
+
+    def lose_the_answer(*args, **kwargs):
+        log_batch(*args, **kwargs)
+        raise TimeoutError("timed out")
+
+    rows = [row(step, **{f"metric/{number}": float(step) for number in range(300)}) for step in range(1, 11)]
+    monkeypatch.setattr(tracker._client, "log_batch", lose_the_answer)
+    with pytest.raises(UserError, match="timed out"):
+        tracker.log_metrics(rows)
+    monkeypatch.setattr(tracker._client, "log_batch", log_batch)
+    tracker.log_metrics(rows)
+    for number in (0, 150, 299):
+        assert tracker.history(f"metric/{number}") == [(step, float(step)) for step in range(1, 11)]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_runs import SimulatedRun
 
-from cluster.accounts.ledger import Ledger, LedgerRecipe, StepRecord
+from cluster.accounts.ledger import DriverStarted, Ledger, LedgerRecipe, StepRecord, WorkEnded
 from cluster.accounts.timeline import KINDS, MAX_BINS, Kind
+from cluster.elastic.events import HostJoined, HostLeft, MembershipFormed
 from doge.common.errors import UserError
 from doge.reporting.plots import plot_lanes
 
@@ -19,6 +20,10 @@ PRICES = LedgerRecipe({"GPU": 2.0, "GPU 16": 3.6})
 
 def step(host="a", membership=1, number=1, ended=0.0, node="n1", device="CPU (1 threads)", energy=None, **seconds):
     return StepRecord(host, node, device, membership, number, ended, seconds, 4, energy)
+
+
+def formed(number: int, from_step: int, at: float) -> MembershipFormed:
+    return MembershipFormed(number, at, 1, from_step, from_step, 0.0, None)
 
 
 def spent(ledger: Ledger, host: str = "a") -> dict[str, float]:
@@ -43,17 +48,17 @@ def test_the_kinds_of_a_workers_time_add_up_to_its_stay(seed, workers, kill):
 
 def test_what_no_record_speaks_of_is_start_restart_or_idle():
     ledger = Ledger(8, 1)
-    ledger.joined("a", "n1", "CPU (1 threads)", 100.0)
-    ledger.joined("b", "n1", "CPU (1 threads)", 100.0)
-    ledger.membership(1, 0, 101.0)
-    ledger.record(step("a", 1, 1, ended=110.0, data=1.0, step=3.0))
-    ledger.record(step("b", 1, 1, ended=110.0, data=1.0, step=3.0))
-    ledger.record(step("a", 1, 2, ended=114.0, step=3.0))
-    ledger.left("b", 115.0)
-    ledger.membership(2, 1, 116.0)
-    ledger.record(step("a", 2, 2, ended=125.0, step=4.0))
-    ledger.record(step("a", 2, 3, ended=129.0, step=4.0))
-    ledger.close(131.0)
+    ledger.take(HostJoined("a", "n1", 100.0))
+    ledger.take(HostJoined("b", "n1", 100.0))
+    ledger.take(formed(1, 0, 101.0))
+    ledger.take(step("a", 1, 1, ended=110.0, data=1.0, step=3.0))
+    ledger.take(step("b", 1, 1, ended=110.0, data=1.0, step=3.0))
+    ledger.take(step("a", 1, 2, ended=114.0, step=3.0))
+    ledger.take(HostLeft("b", 115.0))
+    ledger.take(formed(2, 1, 116.0))
+    ledger.take(step("a", 2, 2, ended=125.0, step=4.0))
+    ledger.take(step("a", 2, 3, ended=129.0, step=4.0))
+    ledger.take(WorkEnded(131.0))
     assert spent(ledger) == {"start": 6, "data": 1, "step": 10, "idle": 3, "restart": 7, "repeated": 4}
     assert spent(ledger, "b") == {"start": 6, "data": 1, "step": 3, "restart": 5}
     figures = ledger.figures(LedgerRecipe())
@@ -63,12 +68,12 @@ def test_what_no_record_speaks_of_is_start_restart_or_idle():
 
 def test_a_record_told_twice_late_or_of_strangers_does_no_harm():
     ledger = Ledger(4, 1)
-    ledger.record(step("a", 7, 5, ended=50.0, step=2.0))
-    ledger.record(step("a", 7, 5, ended=50.0, step=2.0))
-    ledger.left("a", 55.0)
-    ledger.membership(8, 6, 55.0)
-    ledger.record(step("a", 7, 6, ended=53.0, step=2.5))  # posted before its death, handed on after
-    ledger.record(step("b", 8, 7, ended=60.0, step=9.0))  # longer than b has been there: not more than its stay
+    ledger.take(step("a", 7, 5, ended=50.0, step=2.0))
+    ledger.take(step("a", 7, 5, ended=50.0, step=2.0))
+    ledger.take(HostLeft("a", 55.0))
+    ledger.take(formed(8, 6, 55.0))
+    ledger.take(step("a", 7, 6, ended=53.0, step=2.5))  # posted before its death, handed on after
+    ledger.take(step("b", 8, 7, ended=60.0, step=9.0))  # longer than b has been there: not more than its stay
     figures = ledger.figures(LedgerRecipe())
     assert (figures.steps, figures.lost_steps) == (3, 0)
     assert spent(ledger) == {"step": 4.5, "idle": 0.5, "restart": 2}
@@ -93,6 +98,25 @@ def test_another_driver_adds_on_and_the_time_between_does_not_count():
     assert after.tokens == second.highest * ledger.tokens_per_step
     assert after.lost_steps >= before.lost_steps + first.highest % first.save_steps
     assert ledger.timeline().gaps == [before.wall_seconds]
+
+
+def test_a_ledger_that_is_written_and_read_in_between_is_the_same_ledger():
+    whole, parts = SimulatedRun(5, [16, 8], kill_seconds=30.0), SimulatedRun(5, [16, 8], kill_seconds=30.0)
+    parts.ledger = Rewritten(parts.ledger)
+    whole.run(100.0)
+    parts.run(100.0)
+    assert parts.ledger.ledger.figures(PRICES) == whole.ledger.figures(PRICES)
+
+
+class Rewritten:
+    """A ledger that goes through its file after every event."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def take(self, event) -> None:
+        self.ledger.take(event)
+        self.ledger = Ledger.from_dict(json.loads(json.dumps(self.ledger.to_dict())))
 
 
 def test_what_a_driver_did_after_it_wrote_its_ledger_last_is_not_guessed():
@@ -131,7 +155,7 @@ def test_its_memory_does_not_grow_with_the_steps():
         ledger = Ledger(8, 1)
         for number in range(1, steps + 1):
             for host in "ab":
-                ledger.record(step(host, 1, number, ended=number * 0.9, data=0.1, step=0.5, others=0.2))
+                ledger.take(step(host, 1, number, ended=number * 0.9, data=0.1, step=0.5, others=0.2))
         sizes.append(len(json.dumps(ledger.to_dict())))
         assert max(max(bins) for lane in ledger.timeline().lanes for bins in lane.shares.values()) < MAX_BINS
     assert sizes[1] < 2 * sizes[0] < 1_000_000
@@ -139,11 +163,11 @@ def test_its_memory_does_not_grow_with_the_steps():
 
 def test_cost_is_hours_times_price_and_a_device_without_one_is_named():
     ledger = Ledger(8, 1)
-    ledger.joined("a", "n1", "", 0.0)
-    ledger.record(step("a", ended=1800.0, device="NVIDIA GeForce RTX 4090", energy=1.8e6, step=1800.0))
-    ledger.record(step("b", ended=3600.0, device="NVIDIA GeForce RTX 4090 D", step=1800.0))
-    ledger.record(step("c", ended=3600.0, device="CPU (8 threads)", step=3600.0))
-    ledger.close(3600.0)
+    ledger.take(HostJoined("a", "n1", 0.0))
+    ledger.take(step("a", ended=1800.0, device="NVIDIA GeForce RTX 4090", energy=1.8e6, step=1800.0))
+    ledger.take(step("b", ended=3600.0, device="NVIDIA GeForce RTX 4090 D", step=1800.0))
+    ledger.take(step("c", ended=3600.0, device="CPU (8 threads)", step=3600.0))
+    ledger.take(WorkEnded(3600.0))
     prices = LedgerRecipe({"rtx 4090": 0.4, "RTX 4090 D": 0.2, "4090": 9.0}, "€", electricity_per_kwh=0.3)
     figures = ledger.figures(prices)
     assert figures.workers[0].cost == pytest.approx(1.0 * 0.4 + 0.5 * 0.3)
@@ -158,11 +182,13 @@ def test_cost_is_hours_times_price_and_a_device_without_one_is_named():
 def test_the_cpu_hosts_of_a_node_share_its_one_counter():
     ledger = Ledger(8, 1)
     for host in "ab":
-        ledger.joined(host, "n1", "CPU (1 threads)", 0.0)
-        ledger.joined(host.upper(), "n1", "NVIDIA H100", 0.0)
+        ledger.take(HostJoined(host, "n1", 0.0))
+        ledger.take(HostJoined(host.upper(), "n1", 0.0))
     for host in "ab":
-        ledger.record(step(host, ended=10.0, energy=100.0, step=10.0))
-        ledger.record(step(host.upper(), ended=10.0, device="NVIDIA H100", energy=700.0, step=10.0))
+        ledger.take(step(host, ended=5.0, step=5.0))  # only its records tell what a host's device is
+    for host in "ab":
+        ledger.take(step(host, number=2, ended=10.0, energy=100.0, step=5.0))
+        ledger.take(step(host.upper(), ended=10.0, device="NVIDIA H100", energy=700.0, step=10.0))
     assert ledger.figures(LedgerRecipe()).energy_kwh == pytest.approx((100 + 2 * 700) / 3.6e6)
 
 
@@ -192,9 +218,9 @@ def test_a_run_of_no_step_has_figures_all_the_same():
     ledger = Ledger(8, 1)
     empty = ledger.figures(LedgerRecipe())
     assert (empty.goodput, empty.tokens, empty.cost, empty.energy_kwh) == (None, 0, None, None)
-    ledger.begin(4.0)
-    ledger.joined("a", "n1", "CPU", 5.0)
-    ledger.close(9.0)
+    ledger.take(DriverStarted(4.0))
+    ledger.take(HostJoined("a", "n1", 5.0))
+    ledger.take(WorkEnded(9.0))
     assert spent(ledger) == {"start": 4}
     assert ledger.figures(LedgerRecipe()).wall_seconds == 5
     assert dict(ledger.figures(LedgerRecipe()).rows())["goodput"] == "unknown: too few steps to tell"

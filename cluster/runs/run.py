@@ -1,0 +1,227 @@
+"""A run of any workload as its driver sees it: one driver at a time, everything recorded, workers until it is done."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.accounts.figures import Figures
+from cluster.accounts.ledger import DriverStarted, LedgerRecipe, WorkEnded
+from cluster.elastic.events import Event
+from cluster.machines.scaling import ScalingRecipe
+from cluster.runs.board import BoardActor
+from cluster.runs.collector import Collector
+from cluster.runs.console import Console
+from cluster.runs.journal import Journal, journal_directory
+from cluster.runs.run_events import FileWritten, RunEnded, Status
+from cluster.runs.sinks.console_sink import ConsoleSink
+from cluster.runs.sinks.curves_sink import CurvesSink
+from cluster.runs.sinks.delivery import Delivery
+from cluster.runs.sinks.ledger_sink import LedgerSink
+from cluster.runs.sinks.samples_sink import SamplesSink
+from cluster.runs.sinks.tracking_sink import TrackingSink
+from cluster.workloads.events import MetricsMeasured
+from doge.common.errors import UserError
+from doge.common.lease import Claim, Lease
+from doge.common.storage import Storage
+from doge.reporting.tracking import Tracker, TrackingBusy, TrackingRecipe, tracking_uri
+
+if TYPE_CHECKING:
+    from cluster.elastic.seat_trainer import Seats
+    from cluster.elastic.workload import Job
+
+OPENING_SECONDS = 15.0  # for MLflow to open before the run begins without it
+REPORT_SECONDS = 30.0  # for the ledger to take in the last events
+INTERRUPTED_SECONDS = 5.0  # for every sink once a user interrupted the run
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is, whatever its workers do.
+
+    Args:
+        name: a plain name, by which the run's directory is called.
+        storage: root of everything durable.
+        parameters: by dotted name, to be shown in MLflow.
+        tokens_per_step: of the global batch.
+        tokens_per_unit: of a sequence.
+    """
+
+    name: str
+    storage: Storage
+    scaling: ScalingRecipe
+    tracking: TrackingRecipe
+    ledger: LedgerRecipe
+    parameters: Mapping[str, Any]
+    tokens_per_step: int
+    tokens_per_unit: int
+
+
+class Run:
+    """One driver's call of a run: `claim` it, then `record` what happens, and let the workers `work` meanwhile."""
+
+    def __init__(self, config: RunConfig, console: Console):
+        self.config, self.console = config, console
+        self.directory = config.storage / f"runs/{config.name}"
+        self._ledger = LedgerSink(self.directory, config.ledger, config.tokens_per_step, config.tokens_per_unit)
+        self._curves = CurvesSink(self.directory)
+        self._tracking = TrackingSink(self._open_tracker, self.directory)
+        self._samples = SamplesSink(self.directory)
+        self.journal: Journal | None = None
+        self._delivery: Delivery | None = None
+        self._board: BoardActor | None = None
+
+    @contextmanager
+    def claim(self) -> Iterator[Claim]:
+        """Be the run's only driver. Raises UserError where another one lives."""
+        with Lease(self.directory, f"the training of {self.config.name}", on_lost=self._stop) as lease:
+            yield lease.claim
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record events, and deliver them to all sinks; at the end, say what could not be delivered.
+
+        Raises:
+            UserError: the journal cannot be written, or MLflow cannot be used with these settings.
+        """
+        journal = self._open_journal()
+        sinks = [ConsoleSink(self.console), self._ledger, self._curves, self._samples, self._tracking]
+        delivery = self._delivery = Delivery(journal, sinks, self.console.say)
+        parameters = {name: str(value) for name, value in self.config.parameters.items()}
+        self.post(DriverStarted(time.monotonic(), parameters))
+        delivery.start()
+        try:
+            self._check_tracking(delivery)
+        except UserError:
+            self.post(RunEnded("FAILED"))
+            delivery.close(0.0)
+            raise
+        status: Status = "FAILED"
+        patience: float | None = None
+        try:
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status, patience = "KILLED", INTERRUPTED_SECONDS
+            raise
+        finally:
+            with suppress(UserError):  # the disk is full: this has been said
+                self.post(RunEnded(status))
+            for sentence in delivery.close(patience):
+                self.console.say(sentence)
+
+    def post(self, event: Event) -> None:
+        """Add an event of the driver's own. Raises UserError where the journal cannot be written."""
+        assert self.journal is not None, "a run posts while it is recorded"
+        try:
+            self.journal.append([event])
+        except OSError as error:
+            raise _unusable(self.journal, error) from error
+
+    def work(
+        self, make_job: Callable[[Any], "Job"], seats: "Seats", beside: Callable[[BoardActor, threading.Event], None]
+    ) -> None:
+        """Keep hosts at work in the seats until the job is done.
+
+        Args:
+            make_job: gives the job, from the handle of the board to which its hosts post.
+            beside: is called in a thread of its own, and returns soon after the event is set.
+
+        Raises:
+            UserError: the run was stopped, with the reason.
+        """
+        import ray
+        import ray.train
+
+        from cluster.elastic.coordinator import open_coordinator
+        from cluster.elastic.seat import SeatConfig, take_seat
+        from cluster.elastic.seat_trainer import SeatTrainer
+
+        assert self.journal is not None, "a run works while it is recorded"
+        name, storage = self.config.name, self.config.storage
+        board = self._board = BoardActor()
+        coordinator = open_coordinator(name, make_job(board.handle), self.config.scaling)
+        attempt = f"{name}-{int(time.time())}"
+        trainer = SeatTrainer(take_seat, SeatConfig(coordinator), seats, attempt, storage.path("ray_train"))
+        over = threading.Event()
+        helper = threading.Thread(target=beside, args=(board, over), daemon=True)
+        try:
+            with Collector(board, self.journal, self.console.say):
+                helper.start()
+                try:
+                    conducted = coordinator.conduct.remote()
+                    trainer.fit()
+                    ray.get(conducted)
+                except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+                    last = str(error).strip().splitlines()[-1]
+                    board.stop(f"Ray ended the run ({last}): run the same command to resume.")
+                finally:
+                    over.set()
+                    ray.kill(coordinator)
+                helper.join(timeout=10)  # all that the workers needed is there
+            if reason := board.stopped():
+                raise UserError(reason)
+        finally:
+            with suppress(UserError):  # a journal that cannot be written is a reason of its own
+                self.post(WorkEnded(time.monotonic()))
+
+    def report(self, step: int) -> Figures:
+        """What the run came to, after its figures and its timeline were recorded at ``step``."""
+        assert self._delivery is not None, "a run reports while it is recorded"
+        self._delivery.catch_up([self._ledger, self._curves], REPORT_SECONDS)
+        figures = self._ledger.figures()
+        self.post(MetricsMeasured(step, figures.metrics()))
+        self.post(FileWritten(self._ledger.draw_timeline(self.config.name)))
+        return figures
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of ``loss`` or ``held_out_loss``, as far as it is known after `report`."""
+        return self._curves.curve(metric)
+
+    def deliver_rest(self) -> None:
+        """Deliver what an earlier driver had to leave behind, if anything."""
+        journal, sinks = self._open_journal(), [self._ledger, self._curves, self._samples, self._tracking]
+        if all(sink.position(journal) >= journal.end for sink in sinks):
+            return
+        self.console.say("Recording what could not be recorded before.")
+        with self.claim():
+            delivery = Delivery(self._open_journal(), sinks, self.console.say)
+            delivery.start()
+            for sentence in delivery.close():
+                self.console.say(sentence)
+
+    def _open_journal(self) -> Journal:
+        directory = journal_directory(self.directory)
+        try:
+            self.journal = Journal(directory)
+        except OSError as error:
+            raise UserError(f"The run's journal {directory} cannot be read ({error.strerror or error}).") from error
+        return self.journal
+
+    def _open_tracker(self) -> Tracker:
+        return Tracker(self.config.tracking, self.config.storage, self.directory, self.config.name)
+
+    def _check_tracking(self, delivery: Delivery) -> None:
+        """Raise UserError where MLflow answers soon that it cannot be used; one that is slow catches up later."""
+        assert self.journal is not None, "MLflow is checked while the run is recorded"
+        thread, begun = delivery.thread(self._tracking), self.journal.end
+        thread.wait(lambda t: t.position >= begun or t.error is not None, OPENING_SECONDS)
+        if isinstance(thread.error, UserError) and not isinstance(thread.error, TrackingBusy):
+            raise thread.error
+        if thread.position < begun:
+            uri = tracking_uri(self.config.tracking, self.config.storage)
+            thread.note_lag(f"MLflow at {uri} has not answered for {OPENING_SECONDS:g} s.")
+
+    def _stop(self, reason: str) -> None:
+        """End the run for good, with a sentence."""
+        if self._board is not None:
+            self._board.stop(reason)
+
+
+def _unusable(journal: Journal, error: OSError) -> UserError:
+    return UserError(
+        f"The run cannot be recorded in {journal.directory} ({error.strerror or error}): make room there, or choose a "
+        "storage that you may write."
+    )
