@@ -1,4 +1,4 @@
-# The two commands of the README. Both set themselves up in .venv; a second call installs nothing.
+# Every command sets itself up in .venv first; a second call installs nothing.
 SHELL := /bin/bash
 # The first interpreter that runs (a version manager's stand-in may not) and is 3.11 or 3.12.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -9,14 +9,20 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: pretrain test lock clean
+.PHONY: pretrain lint check test lock clean
 
 pretrain: $(INSTALLED)  ## train a small Doge on real text; ARGS="--training.max-steps 100" overrides any key
 	$(VENV)/bin/python jobs/pretrain.py --recipe tiny $(ARGS)
 
-test: $(INSTALLED)  ## lint and every test
-	$(VENV)/bin/ruff check .
+lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+check: lint  ## in about a minute: format, lint, types, the directions of imports, the fast unit tests
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m pytest -m "not slow" tests/architecture tests/unit $(ARGS)
+
+test: lint  ## lint and every test; ARGS="tests/unit -k order" chooses some
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 $(INSTALLED): requirements.lock pyproject.toml

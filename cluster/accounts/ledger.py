@@ -39,7 +39,7 @@ class LedgerRecipe:
     electricity_per_kwh: float = 0.0
     """What a kilowatt-hour costs on top; counted for devices whose energy can be read."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prices = {f"prices_per_hour.{name}": price for name, price in self.prices_per_hour.items()}
         for name, price in (prices | {"electricity_per_kwh": self.electricity_per_kwh}).items():
             if not 0 <= price < inf:

@@ -13,7 +13,7 @@ _FIRST_BIN_SECONDS = 1 / 64
 class TimelineBins:
     """Seconds of every kind in every bin of every host. A host costs memory only for the bins in which it was there."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bin_seconds = _FIRST_BIN_SECONDS
         self._hosts: dict[str, dict[str, dict[int, float]]] = {}  # host → kind → bin → seconds
 
