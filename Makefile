@@ -8,6 +8,8 @@ VENV := .venv
 # Set up anew when the lock or the declared packages change.
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# A file's tests stay in one process, for what they share; the clusters' tests need the cores for themselves.
+UNIT := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/architecture tests/unit
 
 .PHONY: pretrain lint check test lock clean
 
@@ -20,10 +22,11 @@ lint: $(INSTALLED)
 
 check: lint  ## in about a minute: format, lint, types, the directions of imports, the fast unit tests
 	$(VENV)/bin/python -m mypy
-	$(VENV)/bin/python -m pytest -m "not slow" tests/architecture tests/unit $(ARGS)
+	$(UNIT) -m "not slow" $(ARGS)
 
-test: lint  ## lint and every test; ARGS="tests/unit -k order" chooses some
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: lint  ## lint and every test
+	$(UNIT) $(ARGS)
+	$(VENV)/bin/python -m pytest tests/cluster tests/gpu $(ARGS)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: name one with make PYTHON=/path/to/python3.12"; exit 1; }

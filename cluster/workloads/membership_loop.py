@@ -97,7 +97,7 @@ class MembershipLoop:
         torch.manual_seed(self.recipe.training.seed)
         model = build_model(self.model_config)
         if self.recipe.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         self.engine = Engine(model, self.recipe.optimizer, self.recipe.engine, self.device, state)
         if self._abandoned.is_set():
             raise RuntimeError("The membership was abandoned.")

@@ -315,7 +315,7 @@ class Engine:
         with self.device:
             copy = type(self.module)(self.module.config).to(self.dtype)
         if self.module.is_gradient_checkpointing:
-            copy.gradient_checkpointing_enable()
+            copy.activation_checkpointing_enable()
         gradient = torch.empty(sum(p.numel() for p in copy.parameters()), dtype=torch.float32, device=self.device)
         for _ in range(2):
             self._loss_sum(copy.train(), batch).backward()

@@ -31,6 +31,7 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_makes_the_same_steps(group):
     results = []
     for compile in ("off", "on"):
