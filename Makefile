@@ -1,4 +1,4 @@
-# The two commands of the README. Both set themselves up in .venv; a second call installs nothing.
+# Every command sets itself up in .venv first; a second call installs nothing.
 SHELL := /bin/bash
 # The first interpreter that runs (a version manager's stand-in may not) and is 3.11 or 3.12.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -8,16 +8,25 @@ VENV := .venv
 # Set up anew when the lock or the declared packages change.
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# A file's tests stay in one process, for what they share; the clusters' tests need the cores for themselves.
+UNIT := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/architecture tests/unit
 
-.PHONY: pretrain test lock clean
+.PHONY: pretrain lint check test lock clean
 
 pretrain: $(INSTALLED)  ## train a small Doge on real text; ARGS="--training.max-steps 100" overrides any key
 	$(VENV)/bin/python jobs/pretrain.py --recipe tiny $(ARGS)
 
-test: $(INSTALLED)  ## lint and every test
-	$(VENV)/bin/ruff check .
+lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/ruff check .
+
+check: lint  ## in about a minute: format, lint, types, the directions of imports, the fast unit tests
+	$(VENV)/bin/python -m mypy
+	$(UNIT) -m "not slow" $(ARGS)
+
+test: lint  ## lint and every test
+	$(UNIT) $(ARGS)
+	$(VENV)/bin/python -m pytest tests/cluster tests/gpu $(ARGS)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: name one with make PYTHON=/path/to/python3.12"; exit 1; }

@@ -97,7 +97,8 @@ def compare(preset: str, precision: str, lengths: list[int], new_tokens: int, ro
     decoder.generate(prompts, 3, eos_token_id=-1)
     small.generate(prompts, 3, eos_token_id=-1)
     generate_stock(theirs, prompts, 3)
-    seconds, found = {side: [] for side in sides}, {}
+    found = {}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, act in sides.items():
             elapsed, found[side] = timed(act)
@@ -170,8 +171,8 @@ def measure_int8(args: argparse.Namespace) -> dict[str, float]:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                rounded = Int8.of(parameter)
-                parameter.copy_(rounded.data * rounded.scale[:, None])
+                matrix = Int8.of(parameter)
+                parameter.copy_(matrix.data * matrix.scale[:, None])
     rounded = loss()
     print(f"{tokens.numel():,} tokens of {path}: {exact:.4f} nats a token, with int8 matrices {rounded:.4f}")
     return {"loss": round(exact, 5), "loss_int8": round(rounded, 5)}

@@ -13,12 +13,13 @@ import json
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from train_step import build, make_batch, resident_bytes, train_step
 
 
-def build_side(side: str, args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def build_side(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model of `side`, "dense" or "moe", in training mode, and the batch."""
     model = build("ours", getattr(args, side)).to(getattr(torch, args.dtype))
     return model, make_batch("ours", model.config.vocab_size, args)
@@ -59,7 +60,7 @@ def main() -> None:
 
         for model, _ in built.values():
             compile_layers(model)
-    seconds = {side: [] for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for round_number in range(-2, args.rounds):
         for side in sides:
             elapsed = train_step(*built[side])

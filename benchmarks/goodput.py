@@ -163,6 +163,7 @@ def main() -> None:
         print(f"  {label:14} {text}")
     if abs(share - 0.5) > FAIR_SHARE or turns.idle > MOST_IDLE:
         raise SystemExit("The runs did not have the machine for as long as each other: leave it to this benchmark.")
+    assert figures.goodput is not None
     result = {
         "goodput": round(figures.goodput, 4),
         "goodput_outside": round(outside, 4),

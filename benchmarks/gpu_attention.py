@@ -35,8 +35,9 @@ def make_inputs(args: argparse.Namespace) -> list[torch.Tensor]:
     return [*(x.bfloat16().transpose(1, 2).requires_grad_() for x in states), bias.requires_grad_(), expiry]
 
 
-def repeat_and_mask(query, key, value, bias, expiry) -> list[torch.Tensor]:
+def repeat_and_mask(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Query, key and value with one kv head a head, and the mask (batch, heads, seq, seq) of biases."""
+    query, key, value, bias, expiry = inputs
     seq, group = query.shape[2], query.shape[1] // key.shape[1]
     key, value, bias, expiry = (x.repeat_interleave(group, dim=1) for x in (key, value, bias, expiry))
     i, j = torch.arange(seq, device="cuda")[:, None], torch.arange(seq, device="cuda")
@@ -56,7 +57,7 @@ def largest_error(inputs: list[torch.Tensor]) -> float:
     results = []
     for output, leaves in (
         (triton_attention(*row), row[:4]),
-        (masked_attention(*repeat_and_mask(*exact, row[4])), exact),
+        (masked_attention(*repeat_and_mask([*exact, row[4]])), exact),
     ):
         weights = torch.cos(torch.arange(output.numel(), device="cuda")).view_as(output)
         results.append((output, *torch.autograd.grad((output.float() * weights).sum(), leaves)))
@@ -92,13 +93,13 @@ def main() -> None:
     if not supports(inputs[0]):
         sys.exit(f"The attention kernels do not take head_dim {args.head_dim} in bfloat16 on this machine's GPU.")
 
-    masked = [x.detach() for x in repeat_and_mask(*inputs)]
+    masked = [x.detach() for x in repeat_and_mask(inputs)]
     sides = {
         "kernels": (triton_attention, inputs),
         "masked SDPA": (masked_attention, [*(x.requires_grad_() for x in masked[:3]), masked[3]]),
     }
     output_grad = torch.randn_like(inputs[0].detach().transpose(1, 2))
-    times = {side: [] for side in sides}
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for round_number in range(-5, args.rounds):
         for side, (attend, tensors) in sides.items():
             elapsed = time_turn(attend, tensors, output_grad)

@@ -119,18 +119,20 @@ def measure(preset: str, device: torch.device, peak_tflops: float | None, args: 
     from doge.model.configuration import flops_per_token, num_parameters
 
     ours = Ours(preset, device, args)
-    config, sides = ours.engine.module.config, {"ours": ours}
+    config = ours.engine.module.config
+    sides: dict[str, Ours | Stock] = {"ours": ours}
     memory = {"ours": warmed_up(ours, device)}
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     stock = None if "MoE" in preset or args.no_stock else fitting_stock(preset, device, ours.micro_batch, args)
     if stock is not None:
         sides["stock"], memory["stock"] = stock, warmed_up(stock, device, held)
-    seconds = {side: [] for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
             seconds[name].append(seconds_of(side, device))
     per_token = flops_per_token(config, min(args.document_length, args.sequence_length))
-    figures, short = {}, preset.removeprefix("Doge-").replace("-", "_").lower()
+    figures: dict[str, float] = {}
+    short = preset.removeprefix("Doge-").replace("-", "_").lower()
     for name, side in sides.items():
         speed = side.micro_batch * args.sequence_length / statistics.median(seconds[name])
         mfu = speed * per_token / (peak_tflops * 1e12) if peak_tflops else math.nan

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ ROUNDING = 2.0**-20  # relative: eight units in the last place of float32
 LEFT_OUT = 0.05  # share of the queries that rounding may decide
 
 
-def build_spread(side: str, layers: int, window: int) -> torch.nn.Module:
+def build_spread(side: str, layers: int, window: int) -> Any:
     """Doge-20M without its head; its keys' biases differ, so that the window chooses among them."""
     model = build(
         side, "Doge-20M", "float32",
@@ -61,7 +62,7 @@ def tokens_of(length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decided(model: torch.nn.Module, tokens: torch.Tensor, window: int) -> torch.Tensor:
+def decided(model: Any, tokens: torch.Tensor, window: int) -> torch.Tensor:
     """(length,) bool: the last key in the query's window has a clearly larger bias than the first one out of it."""
     layer = copy.deepcopy(model.layers[0]).double()
     attention = layer.self_attn
@@ -79,7 +80,7 @@ def compare(models: dict[str, torch.nn.Module], tokens: torch.Tensor, window: in
     """The largest difference of the outputs, and how many queries rounding decides, which are left out."""
     ours, theirs = (models[side](tokens, use_cache=False).last_hidden_state[0] for side in SIDES)
     compared = decided(models["ours"], tokens, window)
-    return (ours - theirs)[compared].abs().max().item(), (~compared).sum().item()
+    return float((ours - theirs)[compared].abs().max()), int((~compared).sum())
 
 
 def memory_of(side: str, length: int, args: argparse.Namespace) -> float:
@@ -115,7 +116,8 @@ def main() -> None:
 
     models = {side: build_spread(side, args.layers, args.window) for side in SIDES}
     single = {side: build_spread(side, 1, args.window) for side in SIDES}
-    memory, ratios, worst = {side: {} for side in SIDES}, {}, 0.0
+    memory: dict[str, dict[int, float]] = {side: {} for side in SIDES}
+    ratios, worst = {}, 0.0
     print(f"{'T':>7}{'ours, s':>10}{'transformers':>14}{'ratio':>8}{'ours, MB':>10}{'transformers':>14}", end="")
     print(f"{'difference':>12}{'left out':>10}")
     for length in args.lengths:
@@ -125,7 +127,7 @@ def main() -> None:
         if len(sides) > 1 and not (difference <= TOLERANCE and left_out <= LEFT_OUT * length):
             raise SystemExit(f"The outputs of {length - left_out:,} of {length:,} queries differ by {difference:.1e}.")
         worst = max(worst, difference) if len(sides) > 1 else worst
-        seconds = {side: [] for side in sides}
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(-1, args.rounds):
             for side in sides:
                 elapsed = step(models[side], tokens)

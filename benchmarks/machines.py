@@ -43,7 +43,7 @@ def make_recipe(name: str, storage: str, seats: str, **values: dict[str, Any]):
     from cluster.runs.recipe import Recipe
     from doge.common.config_tree import from_dict
 
-    tree = {
+    tree: dict[str, Any] = {
         "model": TINY,
         "tokenizer": {"vocab_size": 4096, "training_bytes": 2_000_000},
         "data": {"sequence_length": 256, "held_out_sequences": 0},
@@ -75,6 +75,7 @@ class Run:
         self._reader.start()
 
     def _read(self) -> None:
+        assert self.process.stdout
         for line in self.process.stdout:
             if step := re.match(r"step ([\d,]+)/", line):
                 self.seen.setdefault(int(step[1].replace(",", "")), time.monotonic())
@@ -254,7 +255,8 @@ class Machines:
             time.sleep(0.05)
 
     def _start(self, *options: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
-        command = [*prefix, Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
+        command: list[str | Path] = [*prefix, Path(sys.executable).parent / "ray", "start", "--block"]
+        command += ["--disable-usage-stats", *options]
         with open(f"{self._folder}/node-{len(self._started)}.log", "w") as log:
             process = subprocess.Popen(
                 [*command, "--object-store-memory=200000000"],

@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--plain", nargs=2, metavar=("STORAGE", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain:
-        print(json.dumps(plain_loop(*arguments.plain, arguments.steps, arguments.precision)))
+        storage, name = arguments.plain
+        print(json.dumps(plain_loop(storage, name, arguments.steps, arguments.precision)))
         return
     medians: dict[str, list[float]] = {"ours": [], "plain": []}
     with tempfile.TemporaryDirectory() as storage:

@@ -101,7 +101,7 @@ def train(recipe_path: str, notes_path: str) -> None:
                 notes.write(json.dumps(note) + "\n")
         record(ledger, told)
 
-    Ledger.record = noting
+    Ledger.record = noting  # type: ignore[method-assign, assignment]
     pretrain(from_dict(Recipe, yaml.safe_load(Path(recipe_path).read_text())))
 
 
@@ -141,9 +141,15 @@ class Run:
         self.notes.touch()
         path = storage / f"{name}.yaml"
         path.write_text(to_yaml(recipe(storage, name, save_steps)))
-        ours = [__file__, "--train", path, self.notes]
-        plain = [Path(__file__).with_name("plain_elastic.py"), "--recipe", path, "--notes", self.notes]
-        command = [sys.executable, *(ours if side == "ours" else plain)]
+        ours: list[str | Path] = [__file__, "--train", path, self.notes]
+        plain: list[str | Path] = [
+            Path(__file__).with_name("plain_elastic.py"),
+            "--recipe",
+            path,
+            "--notes",
+            self.notes,
+        ]
+        command: list[str | Path] = [sys.executable, *(ours if side == "ours" else plain)]
         with self.log.open("w") as log:
             environment = os.environ | {"RAY_ADDRESS": address}
             self.driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -105,11 +105,11 @@ class Theirs:
 
     def run(self) -> tuple[float, int]:
         """Seconds and tokens of one `map`."""
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        print("go", file=self._process.stdin, flush=True)
         return tuple(self._answer())
 
     def _answer(self):
+        assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("The process that runs datasets has failed.")
@@ -199,7 +199,8 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
         ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/ray")
         try:
-            seconds, all_equal = {"ours": [], "datasets": []}, True
+            seconds: dict[str, list[float]] = {"ours": [], "datasets": []}
+            all_equal = True
             for number, (ours_s, ours_n, theirs_s, theirs_n, plan, storage) in enumerate(rounds(folder, args.rounds)):
                 seconds["ours"].append(ours_s)
                 seconds["datasets"].append(theirs_s)

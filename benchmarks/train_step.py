@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str
     """Random tokens (1, sequence_length) in documents of about `document_length`, with labels; for ours, positions."""
     sequence_length, document_length = args.sequence_length, args.document_length
     generator = torch.Generator().manual_seed(0)
-    lengths = []
+    lengths: list[int] = []
     while sum(lengths) < sequence_length:
         spread = document_length // 5
         length = document_length + int(torch.randint(-spread, spread + 1, (), generator=generator))
@@ -38,7 +39,7 @@ def make_batch(side: str, vocab_size: int, args: argparse.Namespace) -> dict[str
     return batch | {"position_ids": positions} if side == "ours" else batch
 
 
-def build(side: str, preset: str, dtype: str = "bfloat16", **changes: int) -> torch.nn.Module:
+def build(side: str, preset: str, dtype: str = "bfloat16", **changes: int) -> Any:
     """The model of `side`, "ours" or "transformers", in training mode; ``changes`` are fields of its recipe."""
     from doge.model.configuration import ModelRecipe
 
@@ -110,7 +111,7 @@ def compare(preset: str, args: argparse.Namespace) -> dict[str, float]:
 
         compile_layers(models["ours"])
     batches = {side: make_batch(side, model.config.vocab_size, args) for side, model in models.items()}
-    seconds = {side: [] for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for round_number in range(-2, args.rounds):
         for side in sides:
             elapsed = train_step(models[side], batches[side])

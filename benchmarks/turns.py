@@ -45,11 +45,12 @@ class Turns:
         pipe = subprocess.PIPE
         self._began = time.monotonic()
         self._holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        assert self._holder.stdout
         self._holder.stdout.readline()  # it has begun
         return self
 
     def __exit__(self, *_) -> None:
-        told, _ = self._holder.communicate()
+        told = self._holder.communicate()[0]
         if self._holder.returncode:
             raise RuntimeError("The process that gave each side its turn has failed.")
         self.seconds = json.loads(told)
@@ -73,10 +74,11 @@ def alternate(sides: list[set[int]], turn_seconds: float) -> list[float]:
             _stop(sides, side)
             seconds[side] += time.monotonic() - began
             if over:
-                return seconds
+                break
     finally:
-        for side in sides:
-            _send(side, signal.SIGCONT)
+        for pids in sides:
+            _send(pids, signal.SIGCONT)
+    return seconds
 
 
 def _stop(sides: list[set[int]], side: int) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+# The models are too small for a second thread, which would only wait. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Every Ray of the tests, also in child processes, is guarded by one token that no file holds.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

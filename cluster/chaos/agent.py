@@ -43,6 +43,7 @@ class Agent:
     def kill_node(self) -> None:
         """SIGKILL the raylet and all its processes, as if the machine lost its power; this one too: no answer comes."""
         raylet, here = self._raylet(), os.getpid()
+        assert raylet, "this process has no raylet above it"
         children = [child for child in raylet.children(recursive=True) if child.pid != here]
         for process in [raylet, *children]:
             with suppress(psutil.NoSuchProcess):

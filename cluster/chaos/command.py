@@ -96,7 +96,9 @@ def disturb(settings: Settings, say: Callable[[Any], None] = print) -> None:
             for event in events:
                 chaos.sleep(start + event.at)
                 try:
-                    done = chaos.act(event, settings.pause_seconds, settings.throttle_share, settings.throttle_seconds)
+                    done: object = chaos.act(
+                        event, settings.pause_seconds, settings.throttle_share, settings.throttle_seconds
+                    )
                 except RunOver:
                     raise
                 except UserError as reason:

@@ -77,7 +77,10 @@ class Throttle:
         self._holder = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        stopped = self._holder.stdout.readline()
+        assert self._holder.stdin
+        assert self._holder.stdout
+        self._stdin, self._stdout = self._holder.stdin, self._holder.stdout
+        stopped = self._stdout.readline()
         self._watch = threading.Thread(target=self._wait, daemon=True)
         self._watch.start()
         if not stopped:
@@ -86,14 +89,14 @@ class Throttle:
 
     def end(self) -> float:
         """Let the process run freely and return the share achieved."""
-        self._holder.stdin.close()
+        self._stdin.close()
         self._watch.join()
         self._holder.wait()
         return self.achieved
 
     def _wait(self) -> None:
-        answer = self._holder.stdout.read()
-        self._holder.stdout.close()
+        answer = self._stdout.read()
+        self._stdout.close()
         if answer:
             self.achieved = float(answer)
         else:  # whoever stopped it was killed

@@ -48,7 +48,7 @@ def share(storage: Storage) -> Storage:
     return Storage(storage.root, filesystem=filesystem, marker=marker)
 
 
-def _start(root: str, marker: str | None):
+def _start(root: str, marker: str | None) -> Any:
     """Start a file server on this node; returns the actor's handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -160,27 +160,28 @@ class HeadFileSystem(AbstractFileSystem):
     cachable = False
     atomic_renames = True
 
-    def __init__(self, server, host: str):
+    def __init__(self, server: Any, host: str):
         super().__init__()
         self.server, self.host = server, host
 
-    def info(self, path, **_) -> dict[str, Any]:
-        return self._ask("info", self._strip_protocol(path))
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._ask("info", self._strip_protocol(path))
+        return found
 
-    def exists(self, path, **_) -> bool:
+    def exists(self, path: str, **_: Any) -> bool:
         try:
             self.info(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
-    def ls(self, path, detail: bool = True, **_) -> list:
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         path = self._strip_protocol(path)
         information = self.info(path)
         found = [information] if information["type"] == "file" else self._ask("list", path)
         return found if detail else sorted(entry["name"] for entry in found)
 
-    def cat_file(self, path, start: int | None = None, end: int | None = None, **_) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes ``[start, end)`` of one version of the file, however often it is replaced meanwhile."""
         size = self.info(path)["size"] if (start or 0) < 0 or (end or 0) < 0 else 0
         start = max(0, size + start) if start is not None and start < 0 else start or 0
@@ -191,7 +192,7 @@ class HeadFileSystem(AbstractFileSystem):
             except _Replaced:
                 continue
 
-    def get_file(self, rpath, lpath, **_) -> None:
+    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
         rpath = self._strip_protocol(rpath)
         while True:
             try:
@@ -201,7 +202,7 @@ class HeadFileSystem(AbstractFileSystem):
             except _Replaced:
                 continue
 
-    def put_file(self, lpath, rpath, **_) -> None:
+    def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
         rpath = self._strip_protocol(rpath)
         if os.path.isdir(lpath):
             self.makedirs(rpath, exist_ok=True)
@@ -213,27 +214,27 @@ class HeadFileSystem(AbstractFileSystem):
             for _done in self._ask_many(requests):
                 pass
 
-    def makedirs(self, path, exist_ok: bool = False) -> None:
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self._ask("makedirs", self._strip_protocol(path), exist_ok)
 
-    def mkdir(self, path, create_parents: bool = True, **_) -> None:
+    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
         self.makedirs(path)
 
-    def mv(self, path1, path2, **_) -> None:
+    def mv(self, path1: str, path2: str, **_: Any) -> None:
         """Flush to the disk, then rename, replacing what is there."""
         self._ask("commit", self._strip_protocol(path1), self._strip_protocol(path2))
 
-    def rm(self, path, recursive: bool = False, maxdepth=None) -> None:
+    def rm(self, path: str | list[str], recursive: bool = False, maxdepth: int | None = None) -> None:
         for one in [path] if isinstance(path, str) else path:
             self._ask("remove", self._strip_protocol(one), recursive)
 
-    def rm_file(self, path) -> None:
+    def rm_file(self, path: str) -> None:
         self.rm(path)
 
-    def rmdir(self, path) -> None:
+    def rmdir(self, path: str) -> None:
         self.rm(path)
 
-    def _open(self, path, mode: str = "rb", block_size=None, **options) -> "_File":
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> "_File":
         return _File(self, path, mode, block_size or CHUNK_BYTES, **options)
 
     def _read(self, path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -248,14 +249,14 @@ class HeadFileSystem(AbstractFileSystem):
                 raise _Replaced
             yield chunk
 
-    def _ask(self, method: str, *arguments) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         return next(self._ask_many([(method, *arguments)]))
 
-    def _ask_many(self, requests: Iterable[tuple]) -> Iterator[Any]:
+    def _ask_many(self, requests: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield the answers in order, with up to ``REQUESTS`` requests under way."""
         import ray
 
-        waiting: deque = deque()
+        waiting: deque[Any] = deque()
 
         def answer() -> Any:
             try:
@@ -292,7 +293,8 @@ class _File(AbstractBufferedFile):
     """A file of the server, read or written in ranges."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return self.fs.cat_file(self.path, start, end)
+        found: bytes = self.fs.cat_file(self.path, start, end)
+        return found
 
     def _initiate_upload(self) -> None:
         self.fs._ask("create", self.path)

@@ -37,7 +37,7 @@ class NextTokenPrediction:
         torch.manual_seed(self.seed)
         model = build_model(self.model.build())
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         return model
 
     def trainable(self, name: str) -> bool:

@@ -34,6 +34,7 @@ def batch_of(step: int) -> TensorBatch:
     return TensorBatch({"input_ids": tokens, "labels": labels, "position_ids": positions})
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_makes_the_same_steps(group):
     results = []
     for compile in ("off", "on"):

@@ -22,9 +22,11 @@ from doge.common.lease import Lease
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 
-root, start = sys.argv[1], float(sys.argv[2])
+root = sys.argv[1]
 on_lost = lambda message: print("lost", message, flush=True)
 lease = Lease(Storage(root), "the training of other", on_lost, interval={INTERVAL})
+print("ready", flush=True)
+start = float(sys.stdin.readline())
 time.sleep(max(0.0, start - time.time()))
 try:
     lease.acquire()
@@ -38,15 +40,26 @@ lease.release()
 """
 
 
-def other_process(root: Path, start: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-c", HOLD, str(root), str(start)]
+def other_process(root: Path) -> subprocess.Popen:
+    """One that takes the lease when it is told a time to do so."""
+    command = [sys.executable, "-c", HOLD, str(root)]
     repository = Path(leases.__file__).parents[2]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository)
+
+
+def start(processes: list[subprocess.Popen], seconds: float = 0.0) -> None:
+    """Let all of them take the lease in ``seconds`` from when the last one is ready."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    at = time.time() + seconds
+    for process in processes:
+        print(at, file=process.stdin, flush=True)
 
 
 @pytest.fixture
 def holder(tmp_path):
     with other_process(tmp_path) as process:
+        start([process])
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -92,6 +105,7 @@ def test_a_pid_that_another_process_has_now_is_no_holder(holder, tmp_path, monke
         assert mine.still_held()
 
 
+@pytest.mark.slow
 def test_a_holder_of_another_machine_is_replaced_once_it_is_not_renewed(tmp_path):
     with lease(tmp_path):
         content = json.loads((tmp_path / FILE).read_text())
@@ -103,6 +117,7 @@ def test_a_holder_of_another_machine_is_replaced_once_it_is_not_renewed(tmp_path
     assert time.monotonic() - started > 2 * INTERVAL
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_wrong_changes_nothing(tmp_path):
     """The file's time is years off; only whether it changes counts."""
     with lease(tmp_path):
@@ -114,6 +129,7 @@ def test_a_clock_that_is_wrong_changes_nothing(tmp_path):
     assert "time" not in content
 
 
+@pytest.mark.slow
 def test_a_holder_that_slept_may_not_commit_after_it_was_replaced(holder, tmp_path):
     holder.send_signal(signal.SIGSTOP)  # alive, but as silent as a suspended laptop
     with lease(tmp_path) as mine:
@@ -139,9 +155,10 @@ def test_a_claim_in_another_process_says_why_it_may_not_commit(tmp_path):
             claim.check()
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_at_the_same_moment_one_wins(tmp_path):
-    start = time.time() + 8
-    processes = [other_process(tmp_path, start) for _ in range(4)]
+    processes = [other_process(tmp_path) for _ in range(4)]
+    start(processes, 0.5)
     said = [process.stdout.readline() for process in processes]
     assert sum(line == "held\n" for line in said) == 1, said
     assert sum(line.startswith("refused") for line in said) == 3
@@ -149,6 +166,7 @@ def test_of_processes_that_start_at_the_same_moment_one_wins(tmp_path):
     assert sum("still held" in answer for answer in answers) == 1
 
 
+@pytest.mark.slow
 def test_a_storage_that_fails_for_a_while_loses_no_lease(tmp_path, monkeypatch):
     lost = []
     with lease(tmp_path, on_lost=lost.append) as mine:
@@ -163,6 +181,7 @@ def test_a_storage_that_fails_for_a_while_loses_no_lease(tmp_path, monkeypatch):
         assert lost == []
 
 
+@pytest.mark.slow
 def test_a_damaged_lease_holds_nobody_up_for_long(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "INTERVAL_SECONDS", 0.1)
     for content in ("", "{", "[]", "{}", "null"):

@@ -101,6 +101,7 @@ def test_held_out_and_training_rows_are_documents_of_their_source(complete):
             assert set(re.findall(r"File (\d) counts", text)) <= {number}
 
 
+@pytest.mark.slow
 def test_a_stopped_preparation_goes_on_to_the_same_order(complete, recipe, tmp_path, ray_cluster):
     from data_pipelines.prepare import prepare
 
@@ -134,6 +135,7 @@ def committed(storage):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.glob("shards/*/*.arrow")}
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_only_whole_shards(complete, recipe, tmp_path):
     storage = Storage(str(tmp_path))
     plan = make_plan(recipe, TOKENIZER, storage)
@@ -220,6 +222,7 @@ def test_a_reader_waits_with_a_message_and_then_reads_the_same(complete, tmp_pat
     assert "Waiting for data" in messages[0]
 
 
+@pytest.mark.slow
 def test_waiting_readers_learn_that_the_preparation_failed(complete, tmp_path, ray_cluster):
     from data_pipelines.prepare import prepare
 

@@ -53,6 +53,7 @@ def runnable_seconds(pid: int) -> tuple[float, float]:
     return on_cpu / 1e9, waited / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 1 / 3, 0.7])
 def test_a_throttled_process_gets_its_share(share):
     with busy_process() as pid, throttle_process(pid, share) as throttle:
@@ -81,6 +82,7 @@ def test_a_process_is_throttled_inside_the_block_alone():
         assert stays_running(pid)
 
 
+@pytest.mark.slow
 def test_a_throttle_ends_by_itself_after_its_seconds():
     with busy_process() as pid:
         throttle = Throttle(pid, 0.0, seconds=2.0)

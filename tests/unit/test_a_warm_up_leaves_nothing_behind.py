@@ -2,6 +2,7 @@
 
 import multiprocessing
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -40,6 +41,7 @@ def before_and_after(results) -> None:
         results.put((before, dist.is_initialized(), losses(recipe)))
 
 
+@pytest.mark.slow
 def test_a_warm_up_changes_no_loss_and_leaves_no_group():
     spawn = multiprocessing.get_context("spawn")  # the group and DeepSpeed's state belong to a process
     results = spawn.Queue()

@@ -7,7 +7,8 @@ import pytest
 from cluster.runs.recipe import Recipe, check_same_run
 from doge.common.config_tree import flatten, from_dict, read_yaml, to_dict
 from doge.common.errors import UserError
-from jobs.command import RECIPES, find_recipe
+from jobs import pretrain
+from jobs.command import RECIPES, find_recipe, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,28 +159,40 @@ def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tm
         (["--from", "/nowhere/step-1"], "There is no checkpoint at /nowhere/step-1"),
     ],
 )
-def test_the_command_prints_one_sentence_and_fails(arguments, sentence, tmp_path):
-    command = [sys.executable, "jobs/pretrain.py", "--storage", str(tmp_path / "doge"), *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
+def test_the_command_prints_one_sentence_and_fails(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--storage", str(tmp_path / "doge"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        main(pretrain.Pretrain, pretrain.run, pretrain.__doc__)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {sentence}")
     assert not (tmp_path / "doge").exists()
 
 
-def test_help_shows_examples_and_dry_run_starts_nothing(tmp_path):
-    shown = subprocess.run([sys.executable, "jobs/pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "ray job submit --working-dir . -- python jobs/pretrain.py" in shown.stdout
-    command = [
-        sys.executable,
-        "jobs/pretrain.py",
-        "--dry-run",
-        "--recipe",
-        "Doge-MoE-20M",
-        "--storage",
-        str(tmp_path / "d"),
-    ]
-    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def pretrain_process(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "jobs/pretrain.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_prints_nothing_but_the_sentence(tmp_path):
+    result = pretrain_process("--storage", str(tmp_path / "doge"), "--recipe", "Doge-20")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: There is no recipe Doge-20; the nearest is Doge-20M")
+
+
+def test_help_shows_examples(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main(pretrain.Pretrain, pretrain.run, pretrain.__doc__)
+    assert end.value.code == 0
+    assert "ray job submit --working-dir . -- python jobs/pretrain.py" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dry_run_starts_nothing(tmp_path):
+    planned = pretrain_process("--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d"))
     assert "15.8M parameters" in planned.stdout
     assert not (tmp_path / "d").exists()

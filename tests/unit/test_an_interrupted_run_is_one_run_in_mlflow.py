@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,21 @@ from doge.reporting import tracking
 from doge.reporting.tracking import MetricRow, Tracker, TrackingRecipe
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A store whose tables are made, which takes seconds."""
+    root = Storage(str(tmp_path_factory.mktemp("empty")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracker = Tracker(TrackingRecipe(experiment="none"), root, root / "runs/none", "none")
+    tracker.finish("FINISHED")
+    return tracker.uri.removeprefix("sqlite:///")
+
+
 @pytest.fixture
-def track(tmp_path, monkeypatch):
+def track(empty_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_store, tmp_path)
     root = Storage(str(tmp_path))
     return lambda **recipe: Tracker(TrackingRecipe(**recipe), root, root / "runs/small", "small")
 
@@ -53,6 +66,7 @@ def test_a_store_that_another_process_opens_is_waited_for(track, tmp_path, monke
     assert track().run_id == tracker.run_id
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_share_a_new_store(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     start = (

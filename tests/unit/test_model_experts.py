@@ -147,6 +147,7 @@ def test_a_table_of_which_much_is_chosen_is_multiplied_whole_unless_few_tokens_c
     assert gathers_rows(torch.empty(7, 4), table)
 
 
+@pytest.mark.slow
 @PATHS
 def test_a_compiled_layer_is_one_graph_and_equals_itself(monkeypatch, gathers):
     use_path(monkeypatch, gathers)

@@ -102,7 +102,7 @@ def test_gradient_checkpointing_changes_no_gradient(moe):
     for checkpointing in (False, True):
         model = tiny_model(moe, window=16).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(input_ids, labels=input_ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -23,6 +23,7 @@ def random_case(dtype=torch.float32, scale=1.0):
     return hidden, weight, targets
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_gpu_is_the_same(monkeypatch):
     """Under Triton's interpreter, in a process of its own: the switch holds for all of a process."""
     pytest.importorskip("triton")

@@ -39,6 +39,7 @@ def test_every_row_gets_the_tokens_it_would_get_alone(moe, compile, window):
     assert decoder.generate(given, NEW, eos_token_id=-1) == [generated(model, prompt) for prompt in given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "moe"), [(1, False), (3, True)])
 def test_the_step_that_torch_compiles_gives_the_same_tokens(moe, rows):
     model, prompts = tiny_model(moe, window=16), prompts_of(*[9] * rows)
@@ -48,6 +49,13 @@ def test_the_step_that_torch_compiles_gives_the_same_tokens(moe, rows):
     decoder._step = TorchStep(model, layers, model.model.embed_tokens.weight, model.lm_head.weight)
     assert decoder._step._compiles
     assert decoder.generate(prompts, NEW, eos_token_id=-1) == expected
+
+
+@pytest.fixture
+def num_threads():
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
 
 
 def logits_of_steps(decoder, lengths, steps, reader=None):
@@ -70,8 +78,9 @@ def logits_of_steps(decoder, lengths, steps, reader=None):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("forced", [{}, {"num_sink_keys": 2}, {"num_local_keys": 3}])
-@pytest.mark.parametrize("rows", [1, 2, 9])
-def test_the_library_computes_what_torch_does(rows, forced, dtype, int8):
+@pytest.mark.parametrize(("rows", "threads"), [(1, 2), (2, 1), (9, 2)])
+def test_the_library_computes_what_torch_does(num_threads, rows, threads, forced, dtype, int8):
+    num_threads(threads)
     model = tiny_model(window=24, dtype=dtype, hidden_size=72)  # head_dim 18: no multiple of the vectors' width
     for name, value in forced.items():
         setattr(model.config, name, value)
@@ -86,21 +95,13 @@ def test_the_library_computes_what_torch_does(rows, forced, dtype, int8):
         assert (ours - theirs).abs().mean() < 0.03 * theirs.std()
 
 
-@pytest.fixture
-def two_threads():
-    """So that some hundred tokens are several chunks of what a thread reads at once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("read", [CpuStep.prefill, TorchStep.prefill])
 @pytest.mark.parametrize(
     ("lengths", "shared"), [((1, 300, 5, 700), 0), ((41, 3, 17, 60, 24, 25), 0), ((2, 400, 30), 300)]
 )
-def test_prompts_are_read_as_if_alone(monkeypatch, two_threads, lengths, shared, read, layers):
+def test_prompts_are_read_as_if_alone(monkeypatch, num_threads, lengths, shared, read, layers):
+    num_threads(2)  # so that some hundred tokens are several chunks of what a thread reads at once
     monkeypatch.setattr(prefill, "TOKENS_PER_FORWARD", 64)  # in several forwards
     window = 2048 if max(lengths) > 100 else 24
     model = tiny_model(window=window, vocab_size=1024, num_hidden_layers=layers)

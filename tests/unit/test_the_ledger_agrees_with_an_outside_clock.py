@@ -33,6 +33,7 @@ def test_goodput_is_what_counts_over_what_an_undisturbed_twin_makes(seed):
     assert result.restarts >= 5
 
 
+@pytest.mark.slow
 def test_over_many_runs_the_ledger_leans_to_neither_side():
     errors = []
     for seed in range(40):

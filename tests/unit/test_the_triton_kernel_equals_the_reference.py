@@ -26,6 +26,7 @@ interpreted = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the others")
 def test_all_of_it_under_the_interpreter():

@@ -43,6 +43,7 @@ def stopped(family):
     return [process.status() == psutil.STATUS_STOPPED for process in family]
 
 
+@pytest.mark.slow
 def test_one_side_runs_at_a_time_and_all_go_on_afterwards(families, turns_class):
     seen = set()
     with turns_class(*([family[0].pid] for family in families), turn_seconds=0.05) as turns:
@@ -56,6 +57,7 @@ def test_one_side_runs_at_a_time_and_all_go_on_afterwards(families, turns_class)
     assert turns.seconds[0] == pytest.approx(turns.seconds[1], abs=0.2)
 
 
+@pytest.mark.slow
 def test_nobody_stays_stopped_when_the_owner_is_killed(families):
     code = (
         f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
@@ -74,6 +76,7 @@ def test_nobody_stays_stopped_when_the_owner_is_killed(families):
     assert not any(stopped(families[0]) + stopped(families[1]))
 
 
+@pytest.mark.slow
 def test_turns_that_end_before_their_block_are_an_error(families, turns_class):
     turns = turns_class([families[0][0].pid]).__enter__()
     turns._holder.kill()
