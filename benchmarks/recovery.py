@@ -89,19 +89,20 @@ def write_texts(storage: Path) -> None:
 
 def train(recipe_path: str, notes_path: str) -> None:
     """Our run's driver, which also notes what its ledger is told of steps."""
-    from cluster.accounts.ledger import Ledger
+    from cluster.accounts.ledger import Ledger, StepRecord
+    from cluster.elastic.events import Event
     from cluster.runs.pretraining import pretrain
 
-    record = Ledger.record
+    take = Ledger.take
 
-    def noting(ledger, told) -> None:
-        if "step" in told.seconds:
-            note = {"kind": "step", "step": told.step, "time": told.ended, "group": told.membership, "host": told.host}
+    def noting(ledger: Ledger, event: Event) -> None:
+        if isinstance(event, StepRecord) and "step" in event.seconds:
+            note = {"kind": "step", "step": event.step, "time": event.ended}
             with open(notes_path, "a") as notes:
-                notes.write(json.dumps(note) + "\n")
-        record(ledger, told)
+                notes.write(json.dumps(note | {"group": event.membership, "host": event.host}) + "\n")
+        take(ledger, event)
 
-    Ledger.record = noting  # type: ignore[method-assign, assignment]
+    Ledger.take = noting  # type: ignore[method-assign]
     pretrain(from_dict(Recipe, yaml.safe_load(Path(recipe_path).read_text())))
 
 

@@ -71,9 +71,10 @@ class Pace:
         mean = fmean(known) if known else 1.0
         speeds = [mean if speed is None else speed for speed in own]
         for rank, samples in enumerate(self._samples):
-            expected = mean if self._expected[rank] is None else self._expected[rank]
-            if len(samples) == 1 and speeds[rank] < expected:
-                speeds[rank] = sqrt(speeds[rank]) * sqrt(expected)
+            expected = self._expected[rank]
+            usual = mean if expected is None else expected
+            if len(samples) == 1 and speeds[rank] < usual:
+                speeds[rank] = sqrt(speeds[rank]) * sqrt(usual)
         return speeds
 
     def observe(

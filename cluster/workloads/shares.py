@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import accumulate, islice, pairwise
@@ -42,7 +42,9 @@ class Shares:
 
     def seconds(self, speeds: Sequence[float]) -> float:
         """The time that the slowest worker takes, with ``speeds`` in units per second."""
-        meetings = zip(*self.micro_batches, strict=True) if self.equal_micro_batches else [self.counts]
+        meetings: Iterable[tuple[int, ...]] = [self.counts]
+        if self.equal_micro_batches:
+            meetings = zip(*self.micro_batches, strict=True)
         return sum(max(size / speed for size, speed in zip(sizes, speeds, strict=True)) for sizes in meetings)
 
 

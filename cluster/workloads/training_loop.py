@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.elastic.membership import Membership, Outcome
@@ -146,9 +147,9 @@ class TrainingLoop:
                 self.telemetry.time_spent(spent, ended, len(own))
                 spent = {}
                 for task in due_tasks(phase.side_tasks, step_count, last):
-                    spent[task.kind] = self._timed(task.kind, lambda task=task: task.run(self))
+                    spent[task.kind] = self._timed(task.kind, partial(task.run, self))
                 if last or leaving or step_count % settings.save_steps == 0:
-                    spent["checkpoint"] = self._timed("commit", lambda last=last: self.commit(last))
+                    spent["checkpoint"] = self._timed("commit", partial(self.commit, last))
                 if spent:
                     self.telemetry.time_spent(spent)
                 if (leaving or last) and step_count < settings.max_steps:

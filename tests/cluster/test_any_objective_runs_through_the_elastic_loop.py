@@ -15,6 +15,7 @@ from nodes import wait_until
 from reconstruct_pairs import PairFeed, ReconstructPairs
 
 from cluster.elastic.coordinator import NAMESPACE, actor_name, open_coordinator
+from cluster.elastic.events import MembershipFormed, Message
 from cluster.elastic.seat import SeatConfig, take_seat
 from cluster.elastic.seat_trainer import SeatTrainer
 from cluster.elastic.workload import Job
@@ -100,17 +101,19 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
+        for event in self.events((Message, MembershipFormed)):
+            print(event)
         ray.get(self.board.stop.remote("the test ends the run"))
         ray.wait([self.conducted], timeout=60)
         self.thread.join(60)
         ray.kill(self.coordinator)
         self.lease.release()
 
-    def events(self, kind: type) -> list:
+    def events(self, kind: type | tuple[type, ...]) -> list:
         return [event for event in ray.get(self.board.events.remote()) if isinstance(event, kind)]
 
     def reach(self, step: int) -> None:
-        wait_until(lambda: any(event.step >= step for event in self.events(StepMade)), 60, f"step {step}")
+        wait_until(lambda: any(event.step >= step for event in self.events(StepMade)), 150, f"step {step}")
 
     def kill_rank(self, rank: int) -> None:
         members = ray.get(ray.get_actor(actor_name(self.name), namespace=NAMESPACE).members.remote())
