@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.workloads.shares import SLACK, plan_shares
+from cluster.workloads.shares import SLACK, fit_to_costs, plan_shares
 
 SPEED = st.floats(0.05, 5.0)  # ratios to 100
 
@@ -129,7 +129,7 @@ def test_the_lower_rank_takes_what_is_left_over():
     [
         (8, [], [], "no worker"),
         (8, [1.0, 1.0], [4], "2 speeds but 1 limits"),
-        (0, [1.0], [4], "batch of 0 sequences"),
+        (0, [1.0], [4], "batch of 0 units"),
         (8, [1.0, 0.0], [4, 4], "Worker 1 has a speed of 0.0"),
         (8, [float("nan")], [4], "Worker 0 has a speed of nan"),
         (8, [float("inf")], [4], "Worker 0 has a speed of inf"),
@@ -139,3 +139,29 @@ def test_the_lower_rank_takes_what_is_left_over():
 def test_nonsense_is_refused_in_a_sentence(sequences, speeds, limits, message):
     with pytest.raises(ValueError, match=message):
         plan_shares(sequences, speeds, limits)
+
+
+@given(
+    costs=st.lists(st.floats(0.1, 10), min_size=1, max_size=80), group=workers(st.integers(1, 100)), equal=st.booleans()
+)
+def test_where_units_differ_in_cost_each_worker_gets_its_part_of_the_cost(costs, group, equal):
+    speeds, limits = zip(*group, strict=True)
+    planned = plan_shares(len(costs), speeds, limits, equal)
+    shares, work = fit_to_costs(planned, costs, limits)
+    ranges = shares.ranges(0)
+    assert [unit for share in ranges for unit in share] == list(range(len(costs)))
+    assert work == pytest.approx([sum(costs[unit] for unit in share) for share in ranges])
+    assert all(size <= limit for sizes, limit in zip(shares.micro_batches, limits, strict=True) for size in sizes)
+    if equal:
+        assert len({len(sizes) for sizes in shares.micro_batches}) == 1
+    for count, share, done in zip(planned.counts, ranges, work, strict=True):
+        assert count or not share
+        wanted = sum(costs) * count / len(costs)
+        assert abs(done - wanted) <= max(costs) + 1e-9  # half of a unit at either end
+
+
+@given(units=st.integers(1, 80), cost=st.floats(0.1, 10), group=workers(st.integers(1, 100)), equal=st.booleans())
+def test_units_of_equal_cost_are_shared_out_as_planned(units, cost, group, equal):
+    speeds, limits = zip(*group, strict=True)
+    planned = plan_shares(units, speeds, limits, equal)
+    assert fit_to_costs(planned, [cost] * units, limits)[0] is planned
