@@ -1,4 +1,4 @@
-"""What the commands share: finding a recipe by name, the command line over it, and errors as one sentence."""
+"""Shared by all commands: finding a recipe by name, parsing the command line over it, and errors as one sentence."""
 
 import difflib
 import os
@@ -23,9 +23,9 @@ class Command:
     """Options that every command has.
 
     Args:
-        recipe: name of a recipe in jobs/recipes, or path of a YAML file.
-        dry_run: print the plan and start nothing.
-        settings: any key of the recipe.
+        recipe: Name of a recipe in jobs/recipes, or path of a YAML file.
+        dry_run: Print the plan and start nothing.
+        settings: Any key of the recipe.
     """
 
     settings: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -37,7 +37,7 @@ T = TypeVar("T", bound=Command)
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe. Raises UserError naming the nearest."""
+    """Find the file of a recipe. Raises UserError that names the nearest recipe."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -48,7 +48,7 @@ def find_recipe(name: str) -> Path:
 
 
 def main(command: type[T], run: Callable[[T], None], description: str | None) -> None:
-    """Parse the command line, run, and end the process: 0 done, 1 a sentence on standard error, 130 interrupted."""
+    """Parse the command line, run the command and exit: status 0 is success, 1 an error, 130 an interruption."""
     arguments = sys.argv[1:]
     try:
         default = command(settings=read_yaml(Recipe, find_recipe(_recipe_name(arguments))))
@@ -60,12 +60,12 @@ def main(command: type[T], run: Callable[[T], None], description: str | None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("Interrupted: the same command goes on where this one stopped.", file=sys.stderr)
+        print("Interrupted: run the same command to resume.", file=sys.stderr)
         sys.exit(130)
 
 
 def _recipe_name(arguments: list[str]) -> str:
-    """The recipe whose values are the defaults of all other options."""
+    """Find the recipe whose values are the defaults of all other options."""
     for at, argument in enumerate(arguments):
         if argument == "--recipe" and at + 1 < len(arguments):
             return arguments[at + 1]

@@ -5,8 +5,8 @@
     python jobs/prepare_data.py --recipe Doge-20M --data.sources.fineweb-edu-dedup.path '/data/fineweb/*.parquet'
     ray job submit --working-dir . -- python jobs/prepare_data.py --recipe tiny
 
-Prepares what the recipe's steps need. An interrupted preparation goes on by the same command, and every run whose
-recipe has the same inputs, tokenizer and sequence length shares the result.
+Prepares what the recipe's steps need. Run the same command again to resume an interrupted preparation. All runs whose
+recipes have the same inputs, tokenizer and sequence length share the result.
 """
 
 import sys
@@ -26,7 +26,7 @@ class PrepareData(Command):
     """Options of `prepare_data.py`.
 
     Args:
-        all: every file of every source, instead of what the recipe's steps need.
+        all: Prepare every file of every source, instead of only what the recipe's steps need.
     """
 
     all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

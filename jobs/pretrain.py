@@ -7,7 +7,7 @@
     python jobs/pretrain.py --recipe tiny --name traced --profile
     ray job submit --working-dir . -- python jobs/pretrain.py --recipe tiny
 
-An interrupted run goes on by the same command. Every key of the recipe is an option.
+Run the same command again to resume an interrupted run. Every key of the recipe is an option.
 """
 
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ class Pretrain(Command):
     """Options of `pretrain.py`.
 
     Args:
-        from_: directory of a checkpoint to begin a new run with: to leave the stable phase earlier or later, or to go
-            on with other data.
-        profile: write a trace of three steps.
+        from_: Directory of a checkpoint to start a new run from: to leave the stable phase earlier or later, or to
+            train on other data.
+        profile: Write a trace of three steps for Perfetto.
     """
 
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None

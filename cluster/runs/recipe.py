@@ -1,4 +1,4 @@
-"""The whole recipe of a pretraining run: one tree whose parts lie beside the code that they configure."""
+"""The recipe of a pretraining run: a tree whose parts lie beside the code that they configure."""
 
 import os
 from dataclasses import dataclass, field
@@ -19,25 +19,26 @@ from doge.training.schedule import SchedulerRecipe
 @dataclass(frozen=True)
 class TrainingRecipe:
     max_steps: int = 8_000
+    """Optimizer steps of the whole run."""
     global_batch_size: int = 256
-    """Sequences of every step, whatever the number of workers."""
+    """Sequences in every step, whatever the number of workers."""
     micro_batch_size: int | None = None
-    """Most sequences that a worker takes at once; by default what fits in its GPU's memory, and 8 on a CPU. The result
-    does not depend on it."""
+    """The most sequences that a worker computes at once. Default: what fits in its GPU's memory; 8 on a CPU. The
+    result does not depend on it."""
     seed: int = 233
-    """Of the initial weights."""
+    """Seed of the initial weights."""
     eval_steps: int = 500
-    """Steps between two held-out losses."""
+    """Steps between two evaluations of the held-out loss."""
     save_steps: int = 200
     """Steps between two checkpoints."""
     save_total_limit: int = 2
-    """Checkpoints that are kept, the newest."""
+    """Number of checkpoints to keep; the oldest are deleted."""
     logging_steps: int = 10
-    """Steps between two lines of a job's log, and between two expert statistics."""
+    """Steps between two lines of a job's log, and between two statistics of the experts."""
     record_samples: bool = False
-    """Write down which sequence was which in every step."""
+    """Record which sequences every step took, in runs/NAME/samples."""
     gradient_checkpointing: bool = False
-    """Trade a third more computation for activation memory."""
+    """Recompute activations in the backward pass: less memory for a third more computation."""
 
     def __post_init__(self):
         for name in (
@@ -55,7 +56,7 @@ def _default_storage() -> str:
 @dataclass(frozen=True)
 class Recipe:
     name: str = "Doge-20M"
-    """Of the run: the same name goes on with the same run."""
+    """Name of the run. Starting a run with the name of an earlier one resumes it."""
     storage: str = field(default_factory=_default_storage)
     """Root of everything durable: a directory, or a URI such as s3://bucket/doge. DOGE_HOME sets the default."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -70,7 +71,7 @@ class Recipe:
     ledger: LedgerRecipe = field(default_factory=LedgerRecipe)
 
     def check(self) -> None:
-        """Raise UserError where the parts do not fit together; starts nothing and reads nothing."""
+        """Raise UserError if the parts of the recipe do not fit together. Starts nothing and reads nothing."""
         config = self.model.build()
         if self.data.sequence_length > config.max_position_embeddings:
             raise UserError(
@@ -86,10 +87,10 @@ class Recipe:
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
         if self.name in ("", ".", "..") or "/" in self.name:
-            raise UserError(f"name = {self.name!r} must be a plain name, since a directory is called by it.")
+            raise UserError(f"name = {self.name!r} must be a plain name without slashes, since it names a directory.")
 
     def check_workers(self, num_workers: int) -> None:
-        """Raise UserError if a step has not a sequence for every worker."""
+        """Raise UserError if a step has fewer sequences than workers."""
         if self.training.global_batch_size < num_workers:
             raise UserError(
                 f"training.global_batch_size ({self.training.global_batch_size}) is smaller than the number of "
@@ -98,11 +99,11 @@ class Recipe:
 
     @property
     def training_sequences(self) -> int:
-        """Sequences that the whole run trains on."""
+        """Number of sequences that the whole run trains on."""
         return self.training.max_steps * self.training.global_batch_size
 
     def plan(self) -> list[tuple[str, str]]:
-        """What a run will do, as labelled lines for a reader."""
+        """Describe what the run will do, as (label, text) lines."""
         config, training, schedule = self.model.build(), self.training, self.lr_scheduler
         total, active = num_parameters(config), num_parameters(config, active=True)
         parameters = f"{total / 1e6:,.1f}M parameters"
@@ -124,7 +125,7 @@ class Recipe:
         ]
 
 
-# What may change when a run goes on: neither a sample nor a gradient depends on it, or it only says when to stop.
+# Keys that may change when a run is resumed: no sample and no gradient depends on them, or they only say when to stop.
 _FREE = (
     "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
     "training.save_steps", "training.save_total_limit", "training.logging_steps", "training.record_samples",
@@ -134,7 +135,7 @@ _FREE = (
 
 
 def check_same_run(recipe: Recipe, started: Recipe) -> None:
-    """Raise UserError if ``recipe`` cannot go on with the run that ``started`` began.
+    """Raise UserError if ``recipe`` cannot resume the run that ``started`` began.
 
     The data is not compared here: its order has a fingerprint of its own, which the checkpoint holds.
     """

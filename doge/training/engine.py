@@ -1,7 +1,7 @@
-"""The DeepSpeed step: gradients of one global batch, however it was shared out, and one update.
+"""The DeepSpeed step: the gradient of one global batch, however it was shared out, and one update.
 
-An engine belongs to one process group. Its state leaves it and enters it as full fp32 tensors by parameter name, so
-that it can be carried to an engine of any other size and ZeRO stage.
+An engine belongs to one process group. Its state is read and written as full fp32 tensors by parameter name, so that
+an engine of any other size and ZeRO stage can take it.
 """
 
 import gc
@@ -32,12 +32,13 @@ from doge.training.step_clock import StepClock
 @dataclass(frozen=True)
 class EngineRecipe:
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed partitions: 1 optimizer states, 2 gradients as well, 3 parameters as well."""
+    """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto`` is bf16 where the device computes it natively, fp32 elsewhere; master weights are fp32 either way."""
+    """Precision of the computation; ``auto`` is bf16 where the device supports it natively, else fp32. Master weights
+    are always fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the layers, whose cache on disk outlives a restart; ``auto`` on a GPU, where it pays from the
-    first minutes, ``on`` also on a CPU, where compiling takes half a minute of every worker's first start."""
+    """Whether torch.compile compiles the layers; ``auto`` on GPUs only. On a CPU it takes half a minute of every
+    worker's first start; a cache on disk outlives restarts."""
 
     def check(self) -> None:
         if self.zero_stage == 0 and self.precision == "bf16":

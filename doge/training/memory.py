@@ -12,12 +12,12 @@ _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 class OutOfMemory(Exception):
-    """A step that this rank cannot repeat by itself did not fit.
+    """A step did not fit in memory, and this rank cannot repeat it by itself.
 
-    The engine that raised it is of no more use: its peers may have gone on, or wait in a collective.
+    The engine that raised it is unusable: its peers may have gone on, or wait in a collective.
 
     Args:
-        limit: the largest micro-batch, in sequences, that this rank should be given from now on.
+        limit: The largest micro-batch, in units, that this rank should be given from now on.
     """
 
     def __init__(self, limit: int):
@@ -26,21 +26,21 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said no: CUDA's, cuBLAS's for its workspace, or the CPU's."""
+    """Whether an allocator refused memory: CUDA's, cuBLAS's for its workspace, or the CPU's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def fits(work: Callable[[], object]) -> bool:
-    """Whether ``work`` runs without running out of memory; if it does not, all that it allocated is free again."""
+    """Run ``work``; False if it ran out of memory, and then everything that it allocated is free again."""
     try:
         work()
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    # Only here is the error gone, and with its traceback the frames that held the tensors.
+    # Only here the error is gone, and with its traceback the frames that held the tensors.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from doge.training.engine import Engine
 
 MARGIN = 0.02
-"""The part of the memory that the probe leaves free: later steps lay their tensors out a little differently."""
+"""Part of the memory that the probe leaves free, since later steps lay their tensors out a little differently."""
 
 
 def find_micro_batch(try_step: Callable[[int], None], most: int) -> int:
-    """The largest of 1 … ``most`` for which ``try_step`` fits, 0 where none does.
+    """Find the largest of 1 … ``most`` for which ``try_step`` fits in memory; 0 if none does.
 
-    Doubles until one does not fit, then halves the gap. ``try_step`` must leave nothing in memory where it succeeds.
+    Doubles until one does not fit, then halves the gap. ``try_step`` must leave nothing in memory when it succeeds.
     """
     largest, too_large = 0, most + 1
     while too_large - largest > 1:
@@ -31,47 +31,49 @@ def find_micro_batch(try_step: Callable[[int], None], most: int) -> int:
     return largest
 
 
-def probe_micro_batch(engine: "Engine", sequence_length: int, most: int, default: int, margin: float = MARGIN) -> int:
-    """The largest micro-batch, in full sequences, whose forward and backward fit beside what the engine holds.
+def probe_micro_batch(engine: "Engine", length: int, most: int, default: int, margin: float = MARGIN) -> int:
+    """Find the largest micro-batch, in units, whose forward and backward pass fit beside what the engine holds.
 
     Every rank may call it by itself at any time between steps: nothing is communicated, and weights, moments, counters
-    and the state of the random numbers are afterwards what they were. See ``Engine.rehearse`` for what is run. The
-    memory is limited meanwhile to 1 - ``margin`` of what this process has or could get.
+    and random states do not change. See ``Engine.rehearse`` for what is run. Meanwhile the memory is limited to
+    1 - ``margin`` of what this process has or could get.
 
-    On a CPU nothing is probed, for its kernel kills a process instead of refusing it memory: ``default`` is the answer.
+    On a CPU nothing is probed, since Linux kills a process instead of refusing it memory; it returns ``default``.
 
     Args:
-        most: the largest size of use, such as the rank's share of the global batch.
+        length: Tokens of the longest unit.
+        most: The largest useful size, such as the rank's share of the global batch.
+        default: The size on a CPU.
 
     Raises:
-        UserError: not even one sequence fits.
+        UserError: Not even one unit fits.
     """
     if engine.device.type != "cuda":
         return min(default, most)
     with _spare(engine.device, margin):
-        largest = find_micro_batch(lambda size: engine.rehearse(size, sequence_length), most)
+        largest = find_micro_batch(lambda size: engine.rehearse(size, length), most)
     if not largest:
         raise nothing_fits(engine.device)
     return largest
 
 
 def micro_batch_size(
-    engine: "Engine", sequence_length: int, most: int, default: int, cache: MicroBatchCache | None = None
+    engine: "Engine", length: int, most: int, default: int, cache: MicroBatchCache | None = None
 ) -> int:
-    """``probe_micro_batch``, asked of the cache first and told to it afterwards."""
+    """Look the micro-batch up in the cache, or probe it and add it to the cache."""
     if cache is None or engine.device.type != "cuda":
-        return probe_micro_batch(engine, sequence_length, most, default)
-    circumstances = micro_batch_circumstances(engine, sequence_length)
+        return probe_micro_batch(engine, length, most, default)
+    circumstances = micro_batch_circumstances(engine, length)
     size = cache.get(circumstances, most)
     if size is None:
-        size = probe_micro_batch(engine, sequence_length, most, default)
+        size = probe_micro_batch(engine, length, most, default)
         cache.put(circumstances, size, is_limit=size < most)
     return size
 
 
 @contextmanager
 def _spare(device: torch.device, margin: float) -> Iterator[None]:
-    """Let the allocator refuse whatever would leave less than ``margin`` of the memory that this process can have."""
+    """Make the allocator refuse what would leave less than ``margin`` of the memory that this process can have."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)

@@ -1,4 +1,4 @@
-"""Micro-batch sizes found before, and everything that decides them."""
+"""A cache of micro-batch sizes, keyed by everything that decides them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MicroBatchCache:
-    """Micro-batches found before, one small JSON file for each set of circumstances.
+    """Micro-batch sizes found before, one small JSON file for each set of circumstances.
 
     Args:
         storage: where, such as ``Storage(root) / "micro_batches"``; ranks may write at the same time.
@@ -24,7 +24,7 @@ class MicroBatchCache:
         self._storage = storage
 
     def get(self, circumstances: dict[str, Any], most: int) -> int | None:
-        """The micro-batch to take where at most ``most`` sequences are of use; None where it must be probed."""
+        """The micro-batch to take if at most ``most`` units are useful; None if it must be probed."""
         try:
             found = json.loads(self._storage.read_bytes(_file_name(circumstances)))
             size, is_limit = int(found["micro_batch"]), bool(found["is_limit"])
@@ -36,14 +36,14 @@ class MicroBatchCache:
         """Remember a size.
 
         Args:
-            is_limit: whether larger ones are known not to fit, and not only of no use to the one who probed.
+            is_limit: Whether larger ones are known not to fit, rather than only useless to the rank that probed.
         """
         content = {"micro_batch": micro_batch, "is_limit": is_limit} | circumstances
         self._storage.write_bytes(_file_name(circumstances), json.dumps(content, indent=2).encode())
 
 
 def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[str, Any]:
-    """All that decides how large a micro-batch fits: the key of ``MicroBatchCache``."""
+    """Everything that decides how large a micro-batch fits: the key of ``MicroBatchCache``."""
     device, module = engine.device, engine.module
     config = module.config.to_dict() if hasattr(module, "config") else repr(module)
     is_gpu = device.type == "cuda"

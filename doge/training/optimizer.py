@@ -1,4 +1,4 @@
-"""AdamW."""
+"""The optimizer: fused AdamW, with weight decay on matrices only."""
 
 from dataclasses import dataclass
 from math import inf
@@ -14,11 +14,13 @@ class OptimizerRecipe:
     lr: float = 8e-3
     """Peak learning rate, held through the stable phase."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the gradient's first and second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled decay of every matrix; norms, residual weights and the dynamic mask's ``A`` have none."""
+    """Decoupled weight decay of every matrix; norms, residual weights and the dynamic mask's ``A`` have none."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Global norm to which gradients are clipped."""
 
     def __post_init__(self):
         for name, fits, rule in (
@@ -32,7 +34,7 @@ class OptimizerRecipe:
                 raise UserError(f"optimizer.{name} must be {rule}, not {getattr(self, name)}.")
 
     def build(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        """Fused AdamW over the trainable parameters in two groups, with and without weight decay."""
+        """Build fused AdamW over the trainable parameters, in two groups with and without weight decay."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},

@@ -1,4 +1,4 @@
-"""Joining and leaving process groups, as often as the set of workers changes, in one process."""
+"""Join and leave process groups within one process, as often as the set of workers changes."""
 
 import os
 from datetime import timedelta
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def join(rank: int, world_size: int, local_rank: int, address: tuple[str, int], device: torch.device) -> None:
-    """Enter a group: NCCL between GPUs, gloo between CPUs.
+    """Join a group: NCCL between GPUs, gloo between CPUs.
 
     Args:
         local_rank: among the group's processes on this machine.
@@ -33,9 +33,9 @@ def join(rank: int, world_size: int, local_rank: int, address: tuple[str, int], 
 
 
 def leave() -> None:
-    """Leave the group and let DeepSpeed forget it; nothing happens outside of one.
+    """Leave the group and make DeepSpeed forget it. Does nothing outside of a group.
 
-    A broken group of GPUs is aborted first: this would wait for its collectives.
+    Abort a broken group of GPUs first: leaving waits for its collectives.
     """
     import deepspeed.comm.comm as deepspeed_comm
 
@@ -49,6 +49,6 @@ def leave() -> None:
 
 
 def abort() -> None:
-    """Break off NCCL's collectives, also those that another thread waits in; gloo's end when a connection closes."""
+    """Abort NCCL's collectives, also those in which another thread waits; gloo's end when a connection closes."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()

@@ -7,11 +7,12 @@ from doge.common.errors import UserError
 
 @dataclass(frozen=True)
 class SchedulerRecipe:
-    """``warmup_stable_decay``: a pure function of the step, so that the stable phase can be left at any checkpoint."""
+    """``warmup_stable_decay``: a pure function of the step, so that any checkpoint can leave the stable phase."""
 
     warmup_steps: int = 800
+    """Steps of the linear warm-up that begins the run."""
     decay_steps: int = 800
-    """Length in steps of the linear decay to zero that ends the run."""
+    """Steps of the linear decay to zero that ends the run."""
 
     def check(self, max_steps: int) -> None:
         if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > max_steps:
@@ -21,7 +22,7 @@ class SchedulerRecipe:
             )
 
     def factor(self, step: int, max_steps: int) -> float:
-        """What the peak learning rate is multiplied by in ``step`` (0-based)."""
+        """Factor of the peak learning rate in ``step`` (0-based)."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if step >= max_steps - self.decay_steps:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: this rank's own computing, and waiting for others."""
+"""Measures where a step's time goes: this rank's own computing, and waiting for others."""
 
 import time
 from collections import defaultdict
@@ -11,9 +11,9 @@ import torch
 
 
 class StepClock:
-    """Named spans on the clock of the device; a span within another interrupts it, so that no time counts twice.
+    """Named spans on the device's clock. A span within another interrupts it, so that no time counts twice.
 
-    On a GPU the marks are events of the current stream: setting them makes nobody wait, reading them does.
+    On a GPU the marks are events of the current stream: setting them does not wait for the GPU, reading them does.
     """
 
     def __init__(self, device: torch.device):
@@ -33,11 +33,11 @@ class StepClock:
             self.current = outer
 
     def rename(self, old: str, new: str) -> None:
-        """Count what was spent as ``old`` until now as ``new``."""
+        """Count the time spent as ``old`` until now as ``new``."""
         self._marks = [(new if name == old else name, mark) for name, mark in self._marks]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by name of span, 0 for those that never were."""
+        """Seconds by name of span; 0 for a span that never began."""
         if self._on_gpu and self._marks:
             self._marks[-1][1].synchronize()
         spent: dict[str, float] = defaultdict(float)
@@ -47,7 +47,7 @@ class StepClock:
 
     @contextmanager
     def watch_collectives(self) -> Iterator[None]:
-        """Count DeepSpeed's collectives as "wait" meanwhile."""
+        """Count DeepSpeed's collectives as "wait" inside the block."""
         import deepspeed.comm.comm as comm  # its functions look this module's ``cdb`` up at every call
 
         backend = comm.cdb
@@ -67,7 +67,7 @@ class StepClock:
 
 
 class _Watched:
-    """A backend of DeepSpeed, or the handle of a collective under way, whose methods' time counts as "wait"."""
+    """Wraps a DeepSpeed backend, or the handle of a collective; the time of its methods counts as "wait"."""
 
     def __init__(self, watched: Any, clock: StepClock):
         self._watched, self._clock = watched, clock

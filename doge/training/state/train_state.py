@@ -1,6 +1,6 @@
-"""The state of a training as full fp32 tensors by parameter name, and how a DeepSpeed engine gives and takes it.
+"""The state of a training as full fp32 tensors by parameter name, and how a DeepSpeed engine reads and writes it.
 
-So it can be carried between engines of any size and ZeRO stage, with no tool in between.
+Engines of any size and ZeRO stage exchange states directly, with no tool in between.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainState:
-    """What a run is, apart from its recipe: copies in host memory, complete on rank 0.
+    """The tensors of a run: copies in host memory, complete on rank 0.
 
     ``parameters`` and each of ``moments`` map parameter names to fp32 tensors; ``step`` counts updates made. Frozen
     parameters are among the parameters as they are, and have no moments.
@@ -32,7 +32,7 @@ class TrainState:
 
 
 def check_fits(state: TrainState, model: torch.nn.Module) -> None:
-    """Raise UserError unless the state is one of this very model."""
+    """Raise UserError unless the state's parameters have the names and shapes of the model's."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in sorted(shapes.keys() | state.parameters.keys()):
         found = state.parameters[name].shape if name in state.parameters else None
@@ -89,7 +89,7 @@ def gather_state(engine: "DeepSpeedEngine", step: int, frozen: Mapping[str, torc
 
 
 def fill_moments(engine: "DeepSpeedEngine", step: int) -> None:
-    """Give AdamW its state before the first step: DeepSpeed links only the first parameter group's otherwise."""
+    """Create AdamW's state before the first step; otherwise DeepSpeed links only that of the first parameter group."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     for partition in _partitions(optimizer):
@@ -102,7 +102,7 @@ def fill_moments(engine: "DeepSpeedEngine", step: int) -> None:
 
 @torch.no_grad()
 def restore(engine: "DeepSpeedEngine", state: TrainState) -> None:
-    """Write the state, the same one on every rank, over an engine whose moments are filled."""
+    """Write the state, which is the same on every rank, into an engine whose moments are filled."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
