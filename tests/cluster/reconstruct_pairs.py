@@ -4,6 +4,7 @@ Its unit is a pair, units differ in cost, and the mean is over pairs; it is like
 """
 
 import hashlib
+import os
 import random
 import re
 import time
@@ -91,10 +92,12 @@ class ReconstructPairs:
     Args:
         trained: regular expression of the parameters that are trained.
         pause: seconds that every step takes longer, so that something can happen to it.
+        gate: path of a file; no step begins while it is there.
     """
 
     trained: str = ""
     pause: float = 0.0
+    gate: str = ""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -109,6 +112,8 @@ class ReconstructPairs:
 
     def prepare(self, model: nn.Module, units: Pairs, seeds: Iterable[int]) -> Pairs:
         time.sleep(self.pause)
+        while self.gate and os.path.exists(self.gate):
+            time.sleep(0.01)
         masked = [tuple(mask(tokens, seed) for tokens in pair) for pair, seed in zip(units.pairs, seeds, strict=True)]
         return Pairs(tuple(zip(units.pairs, masked, strict=True)), units.samples)
 

@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -15,7 +17,7 @@ from nodes import wait_until
 from reconstruct_pairs import PairFeed, ReconstructPairs
 
 from cluster.elastic.coordinator import NAMESPACE, actor_name, open_coordinator
-from cluster.elastic.events import MembershipFormed, Message
+from cluster.elastic.events import MembershipFormed
 from cluster.elastic.seat import SeatConfig, take_seat
 from cluster.elastic.seat_trainer import SeatTrainer
 from cluster.elastic.workload import Job
@@ -37,11 +39,11 @@ OPTIMIZER = OptimizerRecipe(lr=1e-2, max_grad_norm=0.5)
 SCHEDULE = SchedulerRecipe(warmup_steps=4, decay_steps=8)
 EVALUATION = Evaluation(PairFeed("held out"), 10, every=100)
 FIRST = Phase(
-    "head alone", ReconstructPairs("head", pause=0.1), PairFeed("first"), STEPS[0], UNITS, 70, OPTIMIZER, SCHEDULE,
+    "head alone", ReconstructPairs("head", pause=0.05), PairFeed("first"), STEPS[0], UNITS, 70, OPTIMIZER, SCHEDULE,
     side_tasks=(EVALUATION,),
 )  # fmt: skip
 SECOND = Phase(
-    "everything", ReconstructPairs("", pause=0.1), PairFeed("second"), STEPS[1], UNITS, 70, OPTIMIZER, SCHEDULE
+    "everything", ReconstructPairs("", pause=0.05), PairFeed("second"), STEPS[1], UNITS, 70, OPTIMIZER, SCHEDULE
 )
 SETTINGS = TrainingSettings(
     phases=(FIRST, SECOND), engine=EngineRecipe(precision="fp32"), tokenizer="none", recipe={}, seed=7, save_steps=6,
@@ -78,8 +80,11 @@ class PlainBoard:
 class Run:
     """One call of a run with two workers; leaving the block ends whatever there still is of it."""
 
-    def __init__(self, storage: Storage):
+    def __init__(self, storage: Storage, gate: Path):
         self.storage, self.name = storage, "pairs"
+        first, second = SETTINGS.phases
+        held = replace(first, objective=replace(first.objective, gate=str(gate)))
+        self.settings = replace(SETTINGS, phases=(held, second))
         self.scaling = ScalingRecipe(num_workers=2, use_gpu=False, warm_spares=0)
         self.board = ray.remote(num_cpus=0)(PlainBoard).remote()
 
@@ -87,7 +92,7 @@ class Run:
         self.lease = Lease(self.storage / f"runs/{self.name}", "the test")
         self.lease.acquire()
         job = Job(
-            self.name, "cluster.workloads.training:TrainingWorkload", SETTINGS, self.storage, self.lease.claim,
+            self.name, "cluster.workloads.training:TrainingWorkload", self.settings, self.storage, self.lease.claim,
             self.board, use_gpu=False,
         )  # fmt: skip
         self.coordinator = open_coordinator(self.name, job, self.scaling)
@@ -101,15 +106,13 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
-        for event in self.events((Message, MembershipFormed)):
-            print(event)
         ray.get(self.board.stop.remote("the test ends the run"))
         ray.wait([self.conducted], timeout=60)
         self.thread.join(60)
         ray.kill(self.coordinator)
         self.lease.release()
 
-    def events(self, kind: type | tuple[type, ...]) -> list:
+    def events(self, kind: type) -> list:
         return [event for event in ray.get(self.board.events.remote()) if isinstance(event, kind)]
 
     def reach(self, step: int) -> None:
@@ -152,7 +155,7 @@ def one_process() -> tuple[dict[int, tuple[float, float, float]], torch.nn.Modul
                 group["lr"] = OPTIMIZER.lr * SCHEDULE.factor(step, phase.steps)
             optimizer.step()
             made += 1
-            results[made] = (float(sums.loss) / UNITS, float(norm), float(sums.metrics["masked_tokens"]) / UNITS)
+            results[made] = (sums.loss.item() / UNITS, norm.item(), sums.metrics["masked_tokens"].item() / UNITS)
         names = dict(model.named_parameters())
         moments = {
             name: {key: optimizer.state[p][key].clone() for key in ("exp_avg", "exp_avg_sq")}
@@ -162,30 +165,35 @@ def one_process() -> tuple[dict[int, tuple[float, float, float]], torch.nn.Modul
         if number == 0:
             seeds = [unit_seed(SETTINGS.seed, 0, unit) for unit in range(10)]
             batch = objective.prepare(model, EVALUATION.feed.read(0, 10), seeds)
-            held_out = float(objective.loss_sum(model, batch).loss) / 10
+            held_out = objective.loss_sum(model, batch).loss.item() / 10
     return results, model, moments, held_out
 
 
 def test_killed_in_each_of_two_phases_and_resumed_it_makes_the_steps_of_one_process(ray_cluster, tmp_path):
     for module in (reconstruct_pairs, sys.modules[__name__]):  # the workers' processes know no tests
         ray.cloudpickle.register_pickle_by_value(module)
-    storage = Storage(str(tmp_path))
+    storage, gate = Storage(str(tmp_path / "storage")), tmp_path / "gate"
     events, metrics = [], []
     checkpoints = Checkpoints(storage / "runs/pairs/checkpoints")
-    with Run(storage) as run:
+    with Run(storage, gate) as run:
         run.reach(8)
         run.kill_rank(1)  # in the first phase
         run.reach(14)
+        gate.touch()
         events += run.events(SamplesTaken)
-        metrics += run.events(StepMade)  # the block ends the run amid the first phase
-    wait_until(checkpoints.steps, 10, "a checkpoint")
-    with Run(storage) as run:  # resumed in the first phase
+        metrics += run.events(StepMade)  # the block ends the run amid the first phase, at a step that all wait before
+    gate.unlink()
+    with Run(storage, gate) as run:  # resumed in the first phase
         run.reach(STEPS[0] + 8)
         run.kill_rank(0)  # in the second phase, the one that commits
         run.finish()
         events += run.events(SamplesTaken)
         metrics += run.events(StepMade)
         evaluated = run.events(Evaluated)
+        starts = [event.from_step for event in run.events(MembershipFormed)]
+    assert starts[0] in range(12, STEPS[0])
+    assert STEPS[0] in starts  # the second phase begins in a membership of its own
+    assert starts[-1] > STEPS[0]
     expected, model, moments, held_out = one_process()
 
     for step in range(sum(STEPS)):
