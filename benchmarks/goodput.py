@@ -67,7 +67,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         from cluster.chaos import Chaos, Nobody, RunOver
-        from cluster.chaos.events import Event
+        from cluster.chaos.disturbances import Event
 
         chance, start, number = random.Random(self.seed), time.monotonic(), 0
         with Chaos(self.target.recipe.name, self.machines.address, self.seed) as chaos:

@@ -30,7 +30,7 @@ from machines import end, first_cores
 from data_pipelines.order.plan import Plan, make_plan
 from data_pipelines.prepare import prepare
 from data_pipelines.sources import embedded
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from data_pipelines.tokenizing.shards import open_shard, read_record, shard_name
 from doge.common.storage import Storage
 from doge.tokenizer.training import TokenizerRecipe, train_tokenizer

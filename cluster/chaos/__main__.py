@@ -1,3 +1,3 @@
-from cluster.chaos.command import main
+from cluster.chaos.chaos_command import main
 
 main()

@@ -61,7 +61,7 @@ def pretraining_job(
 
     return Job(
         name=recipe.name,
-        workload="cluster.workloads.training:TrainingWorkload",
+        workload="cluster.workloads.training_workload:TrainingWorkload",
         settings=pretraining_settings(recipe, plan, share(Storage(start_from)) if start_from else None),
         storage=storage,
         claim=claim,

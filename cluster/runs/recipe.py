@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.accounts.ledger import LedgerRecipe
 from cluster.machines.scaling import ScalingRecipe
-from data_pipelines.sources.recipe import DataRecipe
+from data_pipelines.sources.source_recipe import DataRecipe
 from doge.common.config_tree import flatten
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe, num_parameters

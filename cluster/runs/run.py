@@ -22,7 +22,7 @@ from cluster.runs.sinks.delivery import Delivery
 from cluster.runs.sinks.ledger_sink import LedgerSink
 from cluster.runs.sinks.samples_sink import SamplesSink
 from cluster.runs.sinks.tracking_sink import TrackingSink
-from cluster.workloads.events import MetricsMeasured
+from cluster.workloads.training_events import MetricsMeasured
 from doge.common.errors import UserError
 from doge.common.lease import Claim, Lease
 from doge.common.storage import Storage

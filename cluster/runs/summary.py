@@ -11,7 +11,7 @@ from cluster.runs.console import Console
 from cluster.runs.recipe import Recipe
 from cluster.runs.run import Run
 from cluster.runs.run_events import FileWritten
-from cluster.workloads.events import MetricsMeasured
+from cluster.workloads.training_events import MetricsMeasured
 from doge.common.storage import Storage
 from doge.reporting.tracking import show_command, tracking_uri
 

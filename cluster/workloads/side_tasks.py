@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.workloads.events import Evaluated
 from cluster.workloads.shares import plan_shares
+from cluster.workloads.training_events import Evaluated
 from data_pipelines.order.feed import FeedConfig
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from cluster.accounts.ledger import StepRecord
 from cluster.elastic.events import Event
-from cluster.workloads.events import MemberStarted, MetricsMeasured, SamplesTaken, StepMade
 from cluster.workloads.phase import Phase, TrainingSettings
+from cluster.workloads.training_events import MemberStarted, MetricsMeasured, SamplesTaken, StepMade
 from data_pipelines.order.feed import Units
 from doge.common.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops
 from doge.model.experts import pop_expert_usage, track_expert_usage

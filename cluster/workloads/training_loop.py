@@ -31,7 +31,7 @@ from doge.training.objective import unit_seed
 from doge.training.state.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from cluster.workloads.training import TrainingWorkload
+    from cluster.workloads.training_workload import TrainingWorkload
 
 CPU_MICRO_BATCH = 8  # units; a CPU's memory is not probed
 FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends

@@ -27,7 +27,7 @@ from doge.common.errors import UserError
 Row = Mapping[str, Any]
 
 
-class Message(NamedTuple):
+class Turn(NamedTuple):
     """One turn of a conversation; the model is not trained to predict the tokens of an untrained one."""
 
     role: str
@@ -35,7 +35,7 @@ class Message(NamedTuple):
     trained: bool = True
 
 
-Document = str | tuple[Message, ...]  # plain text, or a conversation that the chat template renders
+Document = str | tuple[Turn, ...]  # plain text, or a conversation that the chat template renders
 
 
 class Format(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data_pipelines.formats.base import Message, Row, register, texts
+from data_pipelines.formats.base import Row, Turn, register, texts
 
 
 @register("conversation")
@@ -25,6 +25,6 @@ class Conversation:
     def columns(self) -> list[str]:
         return [self.prompt_column, self.text_column]
 
-    def documents(self, rows: Sequence[Row]) -> list[tuple[Message, ...]]:
+    def documents(self, rows: Sequence[Row]) -> list[tuple[Turn, ...]]:
         turns = zip(texts(rows, self.prompt_column), texts(rows, self.text_column), strict=True)
-        return [(Message("user", prompt), Message("assistant", text)) for prompt, text in turns]
+        return [(Turn("user", prompt), Turn("assistant", text)) for prompt, text in turns]

@@ -15,7 +15,7 @@ from data_pipelines.order.order import FindShard, Order
 from data_pipelines.order.permutation import file_order
 from data_pipelines.order.tokenizer_store import open_stored_tokenizer, store_tokenizer
 from data_pipelines.sources.files import InputFile, list_files
-from data_pipelines.sources.recipe import DataRecipe
+from data_pipelines.sources.source_recipe import DataRecipe
 from data_pipelines.tokenizing.shards import ShardRecord, make_shard, shard_key
 from doge.common.config_tree import from_dict, to_dict
 from doge.common.errors import UserError

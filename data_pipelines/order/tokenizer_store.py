@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from data_pipelines.formats.base import Document
 from data_pipelines.order.permutation import file_order
 from data_pipelines.sources.files import InputFile
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
 from data_pipelines.sources.rows import make_documents, read_rows
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 from doge.tokenizer.loading import fingerprint, load_tokenizer

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipelines.sources import embedded
-from data_pipelines.sources.recipe import SourceRecipe
+from data_pipelines.sources.source_recipe import SourceRecipe
 from doge.common.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.formats.base import Document, Row, RowError
 from data_pipelines.sources import embedded
 from data_pipelines.sources.files import InputFile, check_unchanged
-from data_pipelines.sources.recipe import SourceRecipe
+from data_pipelines.sources.source_recipe import SourceRecipe
 from doge.common.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipelines.formats.base import Document, Message
+from data_pipelines.formats.base import Document, Turn
 from data_pipelines.tokenizing.packing import Ragged, ragged, token_dtype
 from doge.common.errors import UserError
 
@@ -49,7 +49,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]
 
 def _encode_partly_trained(
     tokenizer: "PreTrainedTokenizerFast",
-    conversations: Sequence[tuple[Message, ...]],
+    conversations: Sequence[tuple[Turn, ...]],
     dtype: type[np.unsignedinteger],
 ) -> Ragged:
     """Encode conversations with the mask of the tokens that lie in trained messages; needs offsets, so slower."""
@@ -67,9 +67,7 @@ def _encode_partly_trained(
     return Ragged(encoded.values.astype(dtype, copy=False), encoded.lengths, np.concatenate(trained))
 
 
-def _trained_spans(
-    tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...]
-) -> Iterator[tuple[int, int]]:
+def _trained_spans(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Turn, ...]) -> Iterator[tuple[int, int]]:
     """Where the trained messages lie in the rendered text; an answer begins after the header that prompts for it."""
     whole = _render(tokenizer, conversation)
     for at, message in enumerate(conversation):
@@ -101,7 +99,7 @@ def _enclose(documents: Ragged, bos: int | None, eos: int, dtype: type[np.unsign
     return Ragged(values, lengths)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Message, ...], prompt: bool = False) -> str:
+def _render(tokenizer: "PreTrainedTokenizerFast", conversation: tuple[Turn, ...], prompt: bool = False) -> str:
     if not any(message.content for message in conversation):
         return ""
     turns = [{"role": message.role, "content": message.content} for message in conversation]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data_pipelines.sources.files import SUFFIXES, InputFile
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
 from data_pipelines.sources.rows import Unreadable, make_documents, read_rows
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import Packed, pack, token_dtype
 from doge.common.storage import Storage, sha256

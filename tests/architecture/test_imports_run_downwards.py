@@ -30,7 +30,7 @@ PURE = (
     "data_pipelines.order.",
     "data_pipelines.tokenizing.packing",
     "cluster.accounts.",
-    "cluster.chaos.events",
+    "cluster.chaos.disturbances",
     "cluster.elastic.decisions",
     "cluster.runs.events",
     "cluster.runs.journal",

@@ -23,9 +23,9 @@ from cluster.elastic.seat_trainer import SeatTrainer
 from cluster.elastic.workload import Job
 from cluster.machines.connection import resolve_seats
 from cluster.machines.scaling import ScalingRecipe
-from cluster.workloads.events import Evaluated, SamplesTaken, StepMade
 from cluster.workloads.phase import Phase, TrainingSettings
 from cluster.workloads.side_tasks import Evaluation
+from cluster.workloads.training_events import Evaluated, SamplesTaken, StepMade
 from doge.common.lease import Lease
 from doge.common.storage import Storage
 from doge.training.engine import EngineRecipe
@@ -92,7 +92,7 @@ class Run:
         self.lease = Lease(self.storage / f"runs/{self.name}", "the test")
         self.lease.acquire()
         job = Job(
-            self.name, "cluster.workloads.training:TrainingWorkload", self.settings, self.storage, self.lease.claim,
+            self.name, "cluster.workloads.training_workload:TrainingWorkload", self.settings, self.storage, self.lease.claim,
             self.board, use_gpu=False,
         )  # fmt: skip
         self.coordinator = open_coordinator(self.name, job, self.scaling)

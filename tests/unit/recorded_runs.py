@@ -13,7 +13,7 @@ from cluster.runs.board import Board
 from cluster.runs.collector import Collector
 from cluster.runs.console import Console
 from cluster.runs.run import Run, RunConfig
-from cluster.workloads.events import Evaluated, SamplesTaken, StepMade
+from cluster.workloads.training_events import Evaluated, SamplesTaken, StepMade
 from doge.common.storage import Storage
 from doge.reporting.tracking import Tracker, TrackingRecipe
 

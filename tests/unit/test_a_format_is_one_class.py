@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import pytest
 
-from data_pipelines.formats.base import FORMATS, Message, Row, RowError, register, texts
+from data_pipelines.formats.base import FORMATS, Row, RowError, Turn, register, texts
 from data_pipelines.order.packed_sequences import PackedSequences
 from data_pipelines.order.plan import load_plan, make_plan
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from doge.common.config_tree import from_dict, to_dict
 from doge.common.errors import UserError
 from doge.common.storage import Storage
@@ -76,9 +76,9 @@ def test_untrained_messages_of_a_format_are_read_but_never_predicted(tmp_path):
         conversations: ClassVar[bool] = True
         columns: ClassVar[list[str]] = ["messages"]
 
-        def documents(self, rows: Sequence[Row]) -> list[tuple[Message, ...]]:
+        def documents(self, rows: Sequence[Row]) -> list[tuple[Turn, ...]]:
             return [
-                tuple(Message(role, content, trained=role == "assistant") for role, content in row["messages"])
+                tuple(Turn(role, content, trained=role == "assistant") for role, content in row["messages"])
                 for row in rows
             ]
 

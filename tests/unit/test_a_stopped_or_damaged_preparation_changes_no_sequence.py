@@ -19,8 +19,8 @@ import pytest
 from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.packed_sequences import PackedSequences, PackedSequencesConfig
 from data_pipelines.order.plan import load_plan, make_plan
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
 from data_pipelines.sources.rows import Unreadable
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from data_pipelines.tokenizing.shards import Damaged, open_shard, read_record, record_name, shard_name
 from doge.common.errors import UserError
 from doge.common.storage import Storage

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.workloads.training import TrainingWorkload
+from cluster.workloads.training_workload import TrainingWorkload
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
 from doge.training.state import checkpoint as checkpoints_module

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chaos.command import Settings, disturb
-from cluster.chaos.events import Kind, Victim, choose, choose_node, schedule
+from cluster.chaos.chaos_command import Settings, disturb
+from cluster.chaos.disturbances import Kind, Victim, choose, choose_node, schedule
 from doge.common.config_tree import parse
 from doge.common.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.order.plan import Plan
 from data_pipelines.sources.files import InputFile
-from data_pipelines.sources.recipe import DataRecipe
+from data_pipelines.sources.source_recipe import DataRecipe
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import pack, token_dtype
 from doge.common.config_tree import from_dict

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_pipelines.formats.base import Message
+from data_pipelines.formats.base import Turn
 from data_pipelines.formats.software_heritage import fetch_blobs
 from data_pipelines.sources.files import _pin_revision, list_files
-from data_pipelines.sources.recipe import DataRecipe, SourceRecipe
 from data_pipelines.sources.rows import Unreadable, make_documents, read_rows
+from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from doge.common.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_cosmopedia_becomes_prompt_and_text(tmp_path):
     write_parquet(tmp_path / "train-00000-of-00104.parquet", columns | {"format": ["story"], "seed_data": ["stanford"]})
     source = SourceRecipe(str(tmp_path), 2, "conversation")
     (file,) = list_files("cosmopedia", source)
-    assert texts(source, file) == [(Message("user", "Write a story."), Message("assistant", "Once."))]
+    assert texts(source, file) == [(Turn("user", "Write a story."), Turn("assistant", "Once."))]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from cluster.runs.journal import Journal, journal_directory
 from cluster.runs.sinks.curves_sink import MAX_POINTS, BoundedCurve
 from cluster.runs.sinks.delivery import Delivery
 from cluster.runs.sinks.sink import Sink
-from cluster.workloads.events import MemberStarted, SamplesTaken, StepMade
+from cluster.workloads.training_events import MemberStarted, SamplesTaken, StepMade
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 

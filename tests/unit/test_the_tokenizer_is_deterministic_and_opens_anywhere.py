@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_pipelines.formats.base import Message
+from data_pipelines.formats.base import Turn
 from data_pipelines.tokenizing import encoding
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import ragged
@@ -24,7 +24,7 @@ CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "cont
 
 
 def turns(prompt, text):
-    return Message("user", prompt), Message("assistant", text)
+    return Turn("user", prompt), Turn("assistant", text)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from cluster.elastic.events import Event, MembershipFormed, Message
 from cluster.runs.console import Console
 from cluster.runs.journal import Entry, Journal
 from cluster.runs.sinks.sink import Sink
-from cluster.workloads.events import Evaluated, MemberStarted, StepMade
+from cluster.workloads.training_events import Evaluated, MemberStarted, StepMade
 from doge.common.words import count
 
 

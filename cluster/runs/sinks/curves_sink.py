@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.elastic.events import Event
 from cluster.runs.sinks.sink import StateSink
-from cluster.workloads.events import MetricsMeasured
+from cluster.workloads.training_events import MetricsMeasured
 from doge.common.storage import Storage
 
 MAX_POINTS = 4096

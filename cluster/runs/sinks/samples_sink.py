@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from cluster.runs.journal import Entry
 from cluster.runs.sinks.sink import Sink
-from cluster.workloads.events import SamplesTaken
+from cluster.workloads.training_events import SamplesTaken
 from doge.common.storage import Storage
 
 

@@ -8,7 +8,7 @@ from cluster.accounts.ledger import DriverStarted
 from cluster.runs.journal import Entry
 from cluster.runs.run_events import FileWritten, RunEnded
 from cluster.runs.sinks.sink import Sink
-from cluster.workloads.events import MetricsMeasured
+from cluster.workloads.training_events import MetricsMeasured
 from doge.common.storage import Storage
 from doge.reporting.tracking import MetricRow, Tracker
 

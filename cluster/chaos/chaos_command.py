@@ -21,8 +21,8 @@ from typing import Annotated, Any, get_args
 
 import tyro
 
-from cluster.chaos.events import Event, Kind, schedule
-from cluster.chaos.run import Chaos, RunOver
+from cluster.chaos.chaos import Chaos, RunOver
+from cluster.chaos.disturbances import Disturbance, Kind, schedule
 from cluster.chaos.throttle import check_hold
 from doge.common.errors import UserError
 from doge.common.words import listed
@@ -71,10 +71,12 @@ class Settings:
         if any(not 0 <= at < math.inf for at, _ in self.at):
             raise UserError("--at takes seconds since the start, which are not negative.")
 
-    def events(self, seed: int) -> Iterator[Event]:
+    def events(self, seed: int) -> Iterator[Disturbance]:
         duration = self.duration or math.inf
         if self.at:
-            return (Event(number, *event) for number, event in enumerate(sorted(self.at), 1) if event[0] < duration)
+            return (
+                Disturbance(number, *event) for number, event in enumerate(sorted(self.at), 1) if event[0] < duration
+            )
         return schedule(seed, self.every, self.kinds, duration)
 
 

@@ -11,7 +11,7 @@ Kind = Literal["kill-worker", "kill-rank-0", "kill-node", "pause", "throttle"]
 
 
 @dataclass(frozen=True)
-class Event:
+class Disturbance:
     """What is to happen.
 
     Args:
@@ -47,7 +47,7 @@ class Victim:
     step: int
 
 
-def schedule(seed: int, every: float, kinds: tuple[Kind, ...], duration: float = math.inf) -> Iterator[Event]:
+def schedule(seed: int, every: float, kinds: tuple[Kind, ...], duration: float = math.inf) -> Iterator[Disturbance]:
     """The events that come before ``duration`` seconds: a pure function of its arguments.
 
     The times between them are exponentially distributed with the mean ``every`` (a Poisson process), the kinds uniform
@@ -58,7 +58,7 @@ def schedule(seed: int, every: float, kinds: tuple[Kind, ...], duration: float =
         at += chance.expovariate(1 / every)
         if at >= duration:
             return
-        yield Event(number, at, chance.choice(kinds))
+        yield Disturbance(number, at, chance.choice(kinds))
 
 
 def choose(

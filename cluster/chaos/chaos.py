@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cluster.chaos.agent import Agent
-from cluster.chaos.events import Event, Kind, Victim, choose, choose_node
+from cluster.chaos.disturbances import Disturbance, Kind, Victim, choose, choose_node
 from cluster.chaos.throttle import check_hold
 from doge.common.errors import UserError
 from doge.common.words import listed
@@ -161,7 +161,7 @@ class Chaos:
                 ray.kill(agent)
             self._agents.clear()
 
-    def act(self, event: Event, pause_seconds: float, throttle_share: float, throttle_seconds: float) -> Done:
+    def act(self, event: Disturbance, pause_seconds: float, throttle_share: float, throttle_seconds: float) -> Done:
         """Do what ``event`` says, whatever its time; waits some seconds for a worker that trains."""
         deadline = time.monotonic() + PATIENCE
         while True:
