@@ -67,7 +67,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         from cluster.chaos import Chaos, Nobody, RunOver
-        from cluster.chaos.disturbances import Event
+        from cluster.chaos.disturbances import Disturbance
 
         chance, start, number = random.Random(self.seed), time.monotonic(), 0
         with Chaos(self.target.recipe.name, self.machines.address, self.seed) as chaos:
@@ -78,7 +78,7 @@ class Killer(threading.Thread):
                     return
                 try:
                     chaos.sleep(start + at)
-                    done = chaos.act(Event(number, at, "kill-worker"), 1, 0.5, 1)
+                    done = chaos.act(Disturbance(number, at, "kill-worker"), 1, 0.5, 1)
                 except RunOver:
                     return
                 except Nobody as reason:

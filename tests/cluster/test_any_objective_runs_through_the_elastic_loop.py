@@ -92,8 +92,8 @@ class Run:
         self.lease = Lease(self.storage / f"runs/{self.name}", "the test")
         self.lease.acquire()
         job = Job(
-            self.name, "cluster.workloads.training_workload:TrainingWorkload", self.settings, self.storage, self.lease.claim,
-            self.board, use_gpu=False,
+            self.name, "cluster.workloads.training_workload:TrainingWorkload", self.settings, self.storage,
+            self.lease.claim, self.board, use_gpu=False,
         )  # fmt: skip
         self.coordinator = open_coordinator(self.name, job, self.scaling)
         seats, _ = resolve_seats(self.scaling)
