@@ -33,7 +33,7 @@ class ScalingRecipe:
     address: str | None = None
     """Address of the Ray cluster. Default: the one that this machine belongs to, else a new one on it alone."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.min_workers < 1:
             raise UserError(f"scaling.num_workers must be at least 1, not {self.num_workers}.")
         if self.max_workers is not None and self.max_workers < self.min_workers:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.accounts.figures import Figures
 from cluster.accounts.ledger import DriverStarted, LedgerRecipe, WorkEnded
 from cluster.elastic.events import Event
-from cluster.machines.scaling import ScalingRecipe
+from cluster.machines.scaling import ScalingRecipe, SeatRequest
 from cluster.runs.board import BoardActor
 from cluster.runs.collector import Collector
 from cluster.runs.console import Console
@@ -29,7 +29,6 @@ from doge.common.storage import Storage
 from doge.reporting.tracking import Tracker, TrackingBusy, TrackingRecipe, tracking_uri
 
 if TYPE_CHECKING:
-    from cluster.elastic.seat_trainer import Seats
     from cluster.elastic.workload import Job
 
 OPENING_SECONDS = 15.0  # for MLflow to open before the run begins without it
@@ -121,7 +120,10 @@ class Run:
             raise _unusable(self.journal, error) from error
 
     def work(
-        self, make_job: Callable[[Any], "Job"], seats: "Seats", beside: Callable[[BoardActor, threading.Event], None]
+        self,
+        make_job: Callable[[Any], "Job"],
+        seats: SeatRequest,
+        beside: Callable[[BoardActor, threading.Event], None],
     ) -> None:
         """Keep hosts at work in the seats until the job is done.
 
