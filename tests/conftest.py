@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def ray_cluster():
                 ray.shutdown()
             finally:
                 for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                    process.kill()
+                    with suppress(psutil.NoSuchProcess):  # one may end with another
+                        process.kill()
 
 
 def free_port() -> int:
