@@ -9,6 +9,7 @@ This file builds on private interfaces of Ray Train V2: checked with Ray 2.60.
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -42,19 +43,19 @@ class HeldSeats(WorkerGroupCallback):
 
     state: WorkerGroupState | None = None
 
-    def before_worker_group_start(self, worker_group_context) -> None:
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
         if HeldSeats.state is not None:  # Ray leaves a group behind that fails late in its start
             HeldSeats.state.shutdown()
             HeldSeats.state = None
 
-    def after_worker_group_start(self, worker_group) -> None:
+    def after_worker_group_start(self, worker_group: Any) -> None:
         HeldSeats.state = worker_group.get_worker_group_state()
 
-    def before_worker_group_shutdown(self, worker_group) -> None:
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
         for worker in worker_group.get_workers():  # a farewell to a worker of a dead node takes 5 s
             ray.kill(worker.actor)
 
-    def after_worker_group_shutdown(self, worker_group_context) -> None:
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         HeldSeats.state = None
 
     after_worker_group_abort = after_worker_group_shutdown
@@ -101,7 +102,9 @@ class SeatPolicy(ScalingPolicy):
         time.sleep(WAIT_SECONDS)  # the controller asks again at once
         return NoopDecision()
 
-    def make_decision_for_running_worker_group(self, worker_group_state, worker_group_status) -> ScalingDecision:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
         self._maybe_send_resource_request()
         request = self._request
         if time.monotonic() - self._looked < request.interval_s:
@@ -118,7 +121,9 @@ class SeatPolicy(ScalingPolicy):
             return NoopDecision()
         return self._resize(int(room))
 
-    def on_controller_start_worker_group(self, *, scaling_config, num_workers) -> dict[str, str] | None:
+    def on_controller_start_worker_group(
+        self, *, scaling_config: ScalingConfig, num_workers: int
+    ) -> dict[str, str] | None:
         """Keep new seats off the nodes that Ray still believes in."""
         return {"ray.io/node-id": f"!in({','.join(sorted(self._avoid))})"} if self._avoid else None
 
@@ -164,7 +169,7 @@ class SeatTrainer(DataParallelTrainer):
         storage_path: directory or URI for Ray Train's own small records.
     """
 
-    def __init__(self, sit: Callable[[dict], None], config: dict, request: SeatRequest, name: str, storage_path: str):
+    def __init__(self, sit: Callable[[Any], None], config: Any, request: SeatRequest, name: str, storage_path: str):
         super().__init__(
             sit,
             train_loop_config=config,
@@ -182,7 +187,7 @@ class SeatTrainer(DataParallelTrainer):
             ),
         )
         self._request = request
-        self._controller = None
+        self._controller: Any = None
 
     def fit(self) -> None:
         """Hold the seats until all of them have returned.
@@ -209,17 +214,17 @@ class SeatTrainer(DataParallelTrainer):
             self._give_up()
             raise
 
-    def _initialize_and_run_controller(self, **arguments):
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments |= {
             "scaling_policy": SeatPolicy(self.scaling_config, self._request),
             "failure_policy": LossPolicy(self.run_config.failure_config),
         }
         return super()._initialize_and_run_controller(**arguments)
 
-    def _create_default_callbacks(self) -> list:
+    def _create_default_callbacks(self) -> list[WorkerGroupCallback]:
         return [PlacementGroupCleanerCallback(), HeldSeats()]  # the others set up what a seat does not use
 
-    def _register_sigint_handler(self, controller) -> None:
+    def _register_sigint_handler(self, controller: Any) -> None:
         """Python's own handler stays: Ray Train's waits for a controller that may be waiting for room, and exits."""
         self._controller = controller
 
