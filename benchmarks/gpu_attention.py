@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from doge.model.attention import KeyWindow, key_expiry
-from doge.model.attention.triton_attention import supports, triton_attention
+from doge.model.attention.backends.triton_attention import supports, triton_attention
 
 
 def make_inputs(args: argparse.Namespace) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from doge.model.attention import KeyWindow, key_expiry
-from doge.model.attention.triton_attention import supports, triton_attention
+from doge.model.attention.backends.triton_attention import supports, triton_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -12,15 +12,14 @@ from tiny_models import logits_of, tiny_model, tokens
 
 from doge.model.attention import (
     KeyWindow,
-    cpu_flash,
     document_ends,
     dynamic_mask_attention,
     gathered_chunks,
     kept_keys,
     key_expiry,
     lifetimes,
-    torch_sdpa,
 )
+from doge.model.attention.backends import cpu_flash, torch_sdpa
 
 
 def defined_attention(query, key, value, bias, window):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from doge.model.attention import KeyWindow, dispatch, dynamic_mask_attention, key_expiry, lifetimes
-from doge.model.attention import triton_attention as triton_module
+from doge.model.attention.backends import triton_attention as triton_module
+from doge.model.attention.backends.triton_attention import Blocks, supports, triton_attention
 from doge.model.attention.layer import PADDED_KEY_BIAS
-from doge.model.attention.triton_attention import Blocks, supports, triton_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(triton_module.triton is None, reason="needs triton")

@@ -6,10 +6,10 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from doge.model.attention.cpu_flash import cpu_flash_attention
+from doge.model.attention.backends.cpu_flash import cpu_flash_attention
+from doge.model.attention.backends.torch_sdpa import sdpa_attention
+from doge.model.attention.backends.triton_attention import triton_attention, unsupported_reason
 from doge.model.attention.gathered_chunks import attend_gathered_chunks
-from doge.model.attention.torch_sdpa import sdpa_attention
-from doge.model.attention.triton_attention import triton_attention, unsupported_reason
 from doge.model.attention.window import KeyWindow, lifetimes
 
 # The kernels visit a block of keys until all of its keys have expired, which is nearly half of the sequence per query.

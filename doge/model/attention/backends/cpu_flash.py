@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from doge.model.attention.backends.torch_sdpa import document_lengths
 from doge.model.attention.bias_folding import extend_query, fold_bias, num_extra_channels, pad_channels
-from doge.model.attention.torch_sdpa import document_lengths
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
 QUERY_CHUNK = 256  # queries beyond the window that attend together, to at most window + QUERY_CHUNK keys

@@ -1,0 +1,1 @@
+"""Backends of dynamic mask attention, one file a backend."""
