@@ -20,6 +20,7 @@ from doge.model.attention import (
     lifetimes,
 )
 from doge.model.attention.backends import cpu_flash, torch_sdpa
+from doge.model.attention.documents import document_lengths
 
 
 def defined_attention(query, key, value, bias, window):
@@ -69,7 +70,7 @@ def on_the_cpu(*inputs, window, documents=None):
 
 
 def by_sdpa_attention(*inputs, window, documents=None):
-    return torch_sdpa.sdpa_attention(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None)
+    return torch_sdpa.TorchSdpa().attend(*inputs, KeyWindow(window), ends_of(documents, len(inputs[0])), None, 0.0)
 
 
 BACKENDS = pytest.mark.parametrize("backend", [on_the_cpu, by_sdpa_attention])
@@ -259,5 +260,5 @@ def test_a_document_starts_where_positions_do_not_go_on(positions, ends):
     found = document_ends(torch.tensor(positions), batch=2)
     assert (found if found is None else found.tolist()) == ends
     if ends is not None:
-        lengths = torch_sdpa.document_lengths(found)
+        lengths = document_lengths(found)
         assert torch.equal(ends_of(lengths, 2), found)

@@ -4,7 +4,6 @@ Triton's interpreter runs them on the CPU, in a process of its own: the switch h
 """
 
 import itertools
-import logging
 import math
 import os
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from doge.model.attention import KeyWindow, dispatch, dynamic_mask_attention, key_expiry, lifetimes
+from doge.model.attention import KeyWindow, dynamic_mask_attention, key_expiry, lifetimes
+from doge.model.attention.backends import registry
 from doge.model.attention.backends import triton_attention as triton_module
 from doge.model.attention.backends.triton_attention import Blocks, supports, triton_attention
 from doge.model.attention.layer import PADDED_KEY_BIAS
@@ -52,18 +52,19 @@ def test_it_declines_what_no_kernel_takes():
 )
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
-def test_why_they_decline_is_said_once_and_breaks_no_graph(head_dim, dtype, reason, caplog):
-    dispatch._warn_once.cache_clear()
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def ask(states):
-        return states + dispatch._kernels_support(states.device, states.dtype, states.shape[-1])
-
-    with caplog.at_level(logging.WARNING, "doge"):
-        for batch in (1, 2, 3):
-            assert not ask(torch.zeros(batch, head_dim, dtype=dtype)).any()
+def test_where_they_decline_pytorch_computes_and_the_reason_is_said(monkeypatch, head_dim, dtype, reason, caplog):
+    monkeypatch.setattr(triton_module, "_capability", lambda device: (7, 5))
+    registry._warn_once.cache_clear()
+    assert registry.choose_backend(torch.device("cuda"), dtype, head_dim, dropout=False).name == "torch_sdpa"
     assert [reason in record.message for record in caplog.records] == [True]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
+def test_an_nvidia_gpu_gets_them_unless_weights_are_dropped(monkeypatch):
+    monkeypatch.setattr(triton_module, "_capability", lambda device: (8, 0))
+    names = [registry.choose_backend(torch.device("cuda"), torch.bfloat16, 64, drop).name for drop in (False, True)]
+    assert names == ["triton", "torch_sdpa"]
 
 
 def dense_attention(query, key, value, bias, expiry):

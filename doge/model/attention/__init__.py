@@ -16,7 +16,8 @@ Source of the method: the Doge architecture of the SmallDoge team, as in transfo
 """
 
 from doge.model.attention.cache import DogeCache
-from doge.model.attention.dispatch import document_ends, dynamic_mask_attention
+from doge.model.attention.dispatch import dynamic_mask_attention
+from doge.model.attention.documents import document_ends
 from doge.model.attention.layer import DogeAttention
 from doge.model.attention.window import KeyWindow, kept_keys, key_expiry, lifetimes
 

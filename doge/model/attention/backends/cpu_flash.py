@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from doge.model.attention.backends.torch_sdpa import document_lengths
+from doge.model.attention.backends.registry import register
 from doge.model.attention.bias_folding import extend_query, fold_bias, num_extra_channels, pad_channels
+from doge.model.attention.documents import document_lengths
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
 QUERY_CHUNK = 256  # queries beyond the window that attend together, to at most window + QUERY_CHUNK keys
@@ -24,17 +25,22 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def cpu_flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    window: KeyWindow,
-    document_ends: Tensor | None,
-    order: Tensor | None,
-) -> Tensor:
-    """`dynamic_mask_attention` on the CPU, without dropout; differentiable once."""
-    return _attend(query, key, value, bias, document_ends, order, *astuple(window))[0]
+@register
+class CpuFlash:
+    """Differentiable once."""
+
+    name = "cpu_flash"
+    device_types = ("cpu",)
+    priority = 1
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool) -> str | None:
+        return "it has no dropout" if dropout else None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+        window: KeyWindow, document_ends: Tensor | None, order: Tensor | None, dropout_p: float,
+    ) -> Tensor:  # fmt: skip
+        return _attend(query, key, value, bias, document_ends, order, *astuple(window))[0]
 
 
 @torch.library.custom_op("doge::cpu_flash_attention", mutates_args=())

@@ -1,48 +1,53 @@
 """Dynamic mask attention by torch's `scaled_dot_product_attention`, on any device and with dropout."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from doge.model.attention.backends.registry import register
 from doge.model.attention.bias_folding import extend_query, fold_bias, pad_channels
+from doge.model.attention.documents import document_lengths
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
 QUERY_CHUNK = 512  # queries beyond the window that are masked at a time: a mask has QUERY_CHUNK x keys elements
 
 
-def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor,
-    window: KeyWindow,
-    document_ends: torch.Tensor | None,
-    order: torch.Tensor | None,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """`dynamic_mask_attention` by PyTorch alone."""
-    batch, heads, seq, head_dim = query.shape
-    options = {"scale": head_dim**-0.5, "dropout_p": dropout_p, "enable_gqa": heads != key.shape[1]}
-    streams = (extend_query(query), fold_bias(key, bias), pad_channels(value), bias.detach()[..., None])
-    if document_ends is None:
-        output = _attend(*streams, window, order, options)
-    else:
-        documents = document_lengths(document_ends)
-        # Token-major, (1, batch * seq, heads, channels): one split and one concatenation, whose backward is as cheap.
-        streams = [x.transpose(1, 2).reshape(1, batch * seq, x.shape[1], -1) for x in streams]
-        streams = [stream.transpose(1, 2).split(documents, dim=2) for stream in streams]
-        output = torch.cat([_attend(*parts, window, None, options) for parts in zip(*streams, strict=True)], dim=1)
-    return output.reshape(batch, seq, heads, -1)[..., :head_dim]
+@register
+class TorchSdpa:
+    """Computes every call."""
+
+    name = "torch_sdpa"
+    device_types = None
+    priority = 0
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool) -> str | None:
+        return None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+        window: KeyWindow, document_ends: Tensor | None, order: Tensor | None, dropout_p: float,
+    ) -> Tensor:  # fmt: skip
+        batch, heads, seq, head_dim = query.shape
+        options = {"scale": head_dim**-0.5, "dropout_p": dropout_p, "enable_gqa": heads != key.shape[1]}
+        streams = (extend_query(query), fold_bias(key, bias), pad_channels(value), bias.detach()[..., None])
+        if document_ends is None:
+            output = _attend(window, order, options, *streams)
+        else:
+            lengths = document_lengths(document_ends)
+            # Tokens outermost, (1, batch * seq, heads, channels): one split, whose backward is one concatenation.
+            rows = [x.transpose(1, 2).reshape(1, batch * seq, x.shape[1], -1) for x in streams]
+            documents = zip(*(row.transpose(1, 2).split(lengths, dim=2) for row in rows), strict=True)
+            output = torch.cat([_attend(window, None, options, *document) for document in documents], dim=1)
+        return output.reshape(batch, seq, heads, -1)[..., :head_dim]
 
 
-def document_lengths(document_ends: torch.Tensor) -> list[int]:
-    """Lengths of all rows' documents in order; reads them back from the device."""
-    batch, seq = document_ends.shape
-    rows = torch.arange(batch, device=document_ends.device)[:, None] * seq
-    return (document_ends + rows).flatten().unique_consecutive(return_counts=True)[1].tolist()
-
-
-def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
+def _attend(
+    window: KeyWindow, order: Tensor | None, options: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+) -> Tensor:  # fmt: skip
     """Attention within one document per row: (batch, seq, heads, channels)."""
     seq = query.shape[2]
     if seq <= window.size:
@@ -58,7 +63,9 @@ def _attend(query, key, value, bias, window, order, options) -> torch.Tensor:
     return torch.cat(chunks, dim=2).transpose(1, 2)
 
 
-def _attend_interval(query, key, value, expiry, first, window, options):
+def _attend_interval(
+    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, first: int, window: int, options: dict[str, Any]
+) -> Tensor:
     """Attention of queries `first`, `first + 1`, ... to the keys with `j <= i < expiry_j`."""
     stop = first + query.shape[2]
     j = torch.arange(stop, device=query.device).expand(*expiry.shape[:2], -1)

@@ -15,6 +15,11 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from doge.model.attention.backends.registry import register
+from doge.model.attention.gathered_chunks import attend_gathered_chunks
+from doge.model.attention.window import KeyWindow, lifetimes
 
 try:
     import triton
@@ -23,6 +28,10 @@ except ImportError:  # PyTorch's CPU builds come without it
 else:
     from doge.model.attention import triton_kernels
 
+# The kernels visit a block of keys until all of its keys have expired, which is nearly half of the sequence per query.
+# In sequences longer than this many chunks, gathering the live keys is cheaper, although it wastes as many queries.
+GATHER_FROM_CHUNKS = 4
+QUERY_CHUNK = 1024  # queries of a chunk at least, so that a chunk fills a GPU
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes; data centre GPUs since H100 have more, others (99 KiB on most cards) less
 
 
@@ -33,6 +42,32 @@ class Blocks(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+
+
+@register
+class TritonKernels:
+    """Differentiable once."""
+
+    name = "triton"
+    device_types = ("cuda",)
+    priority = 1
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool) -> str | None:
+        return "it has no dropout" if dropout else unsupported_reason(device, dtype, head_dim)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+        window: KeyWindow, document_ends: Tensor | None, order: Tensor | None, dropout_p: float,
+    ) -> Tensor:  # fmt: skip
+        return _attend(query, key, value, bias, lifetimes(bias, window, document_ends, order), window.size)
+
+
+@torch.compiler.disable  # it would trace the kernels' autograd.Function
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, expiry: Tensor | None, window: int) -> Tensor:
+    chunk = max(window, QUERY_CHUNK)
+    if expiry is None or query.shape[2] <= GATHER_FROM_CHUNKS * chunk:
+        return triton_attention(query, key, value, bias, expiry)
+    return attend_gathered_chunks(triton_attention, query, key, value, bias, expiry, window, chunk)
 
 
 def supports(query: torch.Tensor) -> bool:
@@ -48,13 +83,13 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
     if triton is None:
         return "Triton is not installed"
     if not (16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0):
-        return f"head_dim is {head_dim}, and they support 16, 32, 64, 128 and 256"
+        return f"head_dim is {head_dim}, and its kernels support 16, 32, 64, 128 and 256"
     if triton.knobs.runtime.interpret:  # its products of bfloat16 are wrong
         return None if dtype in (torch.float16, torch.float32) else f"Triton's interpreter has no {dtype}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"they do not support {dtype}"
+        return f"its kernels do not support {dtype}"
     if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] < 8:
-        return "they need an NVIDIA GPU of compute capability 8.0 or later"
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or later"
     return None
 
 
@@ -66,7 +101,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Shared memory that a block of threads may use, in bytes."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's types lack it
 
 
 def choose_blocks(query: torch.Tensor) -> tuple[Blocks, Blocks]:
