@@ -1,6 +1,7 @@
 """Fast decoding: one compiled step per token over a cache of fixed slots."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -11,7 +12,7 @@ from doge.generation.sampling import Sampling
 from doge.generation.torch_step import TorchStep
 from doge.generation.weights import LayerWeights
 from doge.model.attention.cache import Slots
-from doge.model.modeling import DogeForCausalLM
+from doge.model.modeling import DogeDecoderLayer, DogeForCausalLM
 
 SLOT_STEP = 64  # numbers of slots are multiples of it
 
@@ -38,12 +39,15 @@ class Decoder:
                 "The fast decoder supports only models without attention_bias and mlp_bias and with hidden_act 'silu', "
                 "like all presets: use model.generate."
             )
-        layers = [LayerWeights.of(layer, int8) for layer in model.model.layers]
-        embedding, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+        own = cast(Iterable[DogeDecoderLayer], model.model.layers)
+        layers = [LayerWeights.of(layer, int8) for layer in own]
+        table, projection = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+        embedding: torch.Tensor | Int8 = table
+        head: torch.Tensor | Int8 = projection
         if int8:
-            tied = embedding.data_ptr() == head.data_ptr()
-            embedding = Int8.of(embedding)
-            head = embedding if tied else Int8.of(head)
+            embedding = Int8.of(table)
+            head = embedding if table.data_ptr() == projection.data_ptr() else Int8.of(projection)
+        self._step: CpuStep | TorchStep
         if compile and CpuStep.supports(model, layers):
             self._step = CpuStep(model, layers, embedding, head)
         else:

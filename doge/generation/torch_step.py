@@ -29,7 +29,14 @@ class TorchStep:
             several, and takes half a minute, or a few seconds with torch's cache.
     """
 
-    def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head, compile: bool = True):
+    def __init__(
+        self,
+        model: DogeForCausalLM,
+        layers: list[LayerWeights],
+        embedding: torch.Tensor | Int8,
+        head: torch.Tensor | Int8,
+        compile: bool = True,
+    ):
         self._read_by, self._model, self._embedding, self._head = model, model.model, embedding, head
         self._chunks = [layers[start : start + LAYERS_PER_GRAPH] for start in range(0, len(layers), LAYERS_PER_GRAPH)]
         self._window, self._eps = KeyWindow.of(model.config), model.config.rms_norm_eps
@@ -83,7 +90,7 @@ def _embed(tokens, embedding, dtype):
     return F.embedding(tokens, embedding)
 
 
-def _run_layers(states, lengths, cos, sin, layers, slots, window, eps, fuses):
+def _run_layers(states, lengths, cos, sin, layers: list[LayerWeights], slots: list[Slots], window, eps, fuses):
     for weights, own in zip(layers, slots, strict=True):
         states = _layer(states, weights, own, cos, sin, lengths, window, eps, fuses)
     return states
@@ -94,7 +101,7 @@ def _end(states, norm, head, eps, greedy, fuses):
     return logits.argmax(-1) if greedy else logits
 
 
-def _layer(states, weights, slots, cos, sin, lengths, window, eps, fuses):
+def _layer(states, weights: LayerWeights, slots: Slots, cos, sin, lengths, window, eps, fuses):
     rows, head_dim, kv_heads = len(states), weights.q_norm.shape[0], weights.A.shape[0]
     joined = _linear(_rms_norm(states, weights.input_norm, eps), weights.qkv, fuses).view(rows, 1, -1, head_dim)
     query, key, value = joined.split([joined.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
@@ -110,6 +117,8 @@ def _layer(states, weights, slots, cos, sin, lengths, window, eps, fuses):
     if weights.experts is not None:
         transformed = weights.experts(transformed)
     else:
+        assert weights.gate_up is not None
+        assert weights.down is not None
         gate, up = _linear(transformed, weights.gate_up, fuses).chunk(2, dim=-1)
         transformed = _linear(F.silu(gate) * up, weights.down, fuses)
     return torch.addcmul(transformed, weights.post_residual, states)

@@ -1,5 +1,6 @@
 """The parameters of a layer in the form that decoding reads."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from doge.generation.int8 import Int8
 from doge.model.experts import DogeCDMoE
+from doge.model.modeling import DogeDecoderLayer
 
 
 class LayerWeights(NamedTuple):
@@ -33,11 +35,11 @@ class LayerWeights(NamedTuple):
     experts: nn.Module | None
 
     @staticmethod
-    def of(layer: nn.Module, int8: bool = False) -> "LayerWeights":
-        """The weights of a `DogeDecoderLayer`; with ``int8`` its matrices are quantized, except those of experts."""
+    def of(layer: DogeDecoderLayer, int8: bool = False) -> "LayerWeights":
+        """The weights of a layer; with ``int8`` its matrices are quantized, except those of experts."""
         attention, mlp = layer.self_attn, layer.mlp
         has_experts = isinstance(mlp, DogeCDMoE)
-        convert = Int8.of if int8 else torch.Tensor.detach
+        convert: Callable[[torch.Tensor], torch.Tensor | Int8] = Int8.of if int8 else torch.Tensor.detach
         return LayerWeights(
             input_norm=layer.input_layernorm.weight,
             qkv=convert(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])),

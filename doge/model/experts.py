@@ -49,7 +49,7 @@ def retrieve_experts(
 class ExpertInput(nn.Embedding):
     """One input vector per expert: `weight` (num_experts, hidden_size)."""
 
-    def forward(self, hidden: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Dot products of (tokens, hidden_size) with the vectors of experts (tokens, k) -> (tokens, k)."""
         if gathers_rows(experts, self.weight):
             return _GatherDot.apply(hidden.to(self.weight.dtype), experts, self.weight)
@@ -59,7 +59,7 @@ class ExpertInput(nn.Embedding):
 class ExpertOutput(nn.Embedding):
     """One output vector per expert, `weight` (num_experts, hidden_size)."""
 
-    def forward(self, activations: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def forward(self, activations: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Sums of the vectors of experts (tokens, k) weighted by activations (tokens, k) -> (tokens, hidden_size)."""
         if gathers_rows(experts, self.weight):
             return _WeightedSum.apply(activations.to(self.weight.dtype), experts, self.weight)

@@ -65,12 +65,14 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, chunk, grad_enabled):
-        needed = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
+        hidden_needs_grad, weight_needs_grad = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         liger = _liger() if chunk is None and _suits_liger(hidden_states) else None
         if liger is not None:
-            loss, *grads = _by_liger(liger, hidden_states, weight, targets, *needed)
+            loss, *grads = _by_liger(liger, hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad)
         else:
-            loss, *grads = _by_chunks(hidden_states, weight, targets, *needed, chunk or TOKEN_CHUNK)
+            loss, *grads = _by_chunks(
+                hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad, chunk or TOKEN_CHUNK
+            )
         ctx.save_for_backward(*grads)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -99,13 +101,13 @@ def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_n
         highest, likeliest = logits.max(dim=-1, keepdim=True)
         normalizer = highest.float() - probabilities.gather(1, likeliest).log()
         loss += (normalizer - logits.gather(1, target).float()).sum()
-        if not (hidden_needs_grad or weight_needs_grad):
+        if hidden_grad is None and weight_grad is None:
             continue
         probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
         logits_grad = probabilities.to(weight.dtype)
-        if hidden_needs_grad:
+        if hidden_grad is not None:
             hidden_grad[tokens] = logits_grad @ weight
-        if weight_needs_grad:
+        if weight_grad is not None:
             weight_grad += logits_grad.T @ hidden
     return loss, hidden_grad, weight_grad
 

@@ -45,7 +45,7 @@ class DogeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         num_loss_tokens: int64 scalar, the number of targets that are not -100; None without labels.
     """
 
-    num_loss_tokens: torch.LongTensor | None = None
+    num_loss_tokens: torch.Tensor | None = None
 
 
 class DogeDecoderLayer(GradientCheckpointingLayer):
@@ -111,11 +111,11 @@ class DogeModel(DogePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DogeCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
@@ -151,14 +151,15 @@ class DogeModel(DogePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, seq = inputs_embeds.shape[:2]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        padded = attention_mask is not None and not attention_mask.all()
-        order = _places(attention_mask)[:, -seq:] if padded else None
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        order = None if attention_mask is None else _places(attention_mask)[:, -seq:]
         if position_ids is None:
-            if padded:
+            if attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
             else:
                 position_ids = torch.arange(num_cached, num_cached + seq, device=inputs_embeds.device).unsqueeze(0)
-        ends = None if padded or num_cached else document_ends(position_ids, batch)
+        ends = None if attention_mask is not None or num_cached else document_ends(position_ids, batch)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         packs_documents = past_key_values is not None and past_key_values.packs_documents
@@ -220,18 +221,18 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DogeCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         *,
         reduction: str = "mean",
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
         **kwargs,
     ) -> DogeCausalLMOutputWithPast:

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -121,7 +122,7 @@ class Engine:
         self._clock = StepClock(device)  # of what is under way or was last
         self._abandoned = False
         self._peak_lr = optimizer.lr
-        self._grad_norm = torch.nan
+        self._grad_norm: float | torch.Tensor = torch.nan
         if recipe.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip(optimizer.max_grad_norm))
         self.step_count = 0
@@ -245,7 +246,7 @@ class Engine:
             self._engine.train()
             try:
                 for _ in range(2):
-                    self._pass(batch, 1.0)
+                    self._pass(batch, 1.0, [])
             finally:
                 discard_gradients(self._engine)
 
@@ -294,7 +295,7 @@ class Engine:
         for size in sizes:
             self._check_abandoned()
             piece = batch[start : start + size]
-            if not fits(lambda piece=piece: sums.append(self._pass(piece, scale))):
+            if not fits(partial(self._pass, piece, scale, sums)):
                 raise self._too_large(size)
             start += size
         return torch.stack(sums).sum(0)
@@ -303,12 +304,12 @@ class Engine:
         if self._abandoned:
             raise RuntimeError("The step was abandoned.")
 
-    def _pass(self, batch: Batch, scale: float) -> torch.Tensor:
-        """Forward and backward of one micro-batch; its summed loss and metrics, fp64."""
-        sums = self._loss_sum(self._engine, batch)
-        self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
-        metrics = [sums.metrics[name].detach() for name in self.objective.metrics]
-        return torch.stack([sums.loss.detach().double(), *(metric.double() for metric in metrics)])
+    def _pass(self, batch: Batch, scale: float, sums: list[torch.Tensor]) -> None:
+        """Forward and backward of one micro-batch; append its summed loss and metrics, fp64."""
+        found = self._loss_sum(self._engine, batch)
+        self._engine.backward(found.loss * scale, scale_wrt_gas=False)
+        metrics = [found.metrics[name].detach() for name in self.objective.metrics]
+        sums.append(torch.stack([found.loss.detach().double(), *(metric.double() for metric in metrics)]))
 
     def _rehearse_alone(self, batch: Batch) -> None:
         copy = self.objective.build().to(self.dtype).to(self.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ def find_micro_batch(try_step: Callable[[int], None], most: int) -> int:
     largest, too_large = 0, most + 1
     while too_large - largest > 1:
         size = min(max(1, 2 * largest), most) if too_large > most else (largest + too_large) // 2
-        if fits(lambda size=size: try_step(size)):
+        if fits(partial(try_step, size)):
             largest = size
         else:
             too_large = size

@@ -45,12 +45,12 @@ class MicroBatchCache:
 def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[str, Any]:
     """Everything that decides how large a micro-batch fits: the key of ``MicroBatchCache``."""
     device, module = engine.device, engine.module
-    config = module.config.to_dict() if hasattr(module, "config") else repr(module)
+    config: Any = getattr(module, "config", None)
     is_gpu = device.type == "cuda"
     return {
         "device": device_name(device),
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if is_gpu else 0,
-        "model": _digest(config),  # the version of transformers included
+        "model": _digest(repr(module) if config is None else config.to_dict()),  # the version of transformers included
         "objective": type(engine.objective).__name__,
         "sequence_length": sequence_length,
         "precision": str(engine.dtype).removeprefix("torch."),

@@ -50,9 +50,11 @@ class NextTokenPrediction:
 
     def weight(self, batch: Batch) -> int:
         """The labels that count: the first of a row is never predicted."""
+        assert isinstance(batch, TensorBatch)
         return int((batch.tensors["labels"][:, 1:] != IGNORE_INDEX).sum())
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
+        assert isinstance(batch, TensorBatch)
         return LossSum(model(**batch.tensors, use_cache=False, reduction="sum").loss)
 
     def rehearsal(self, units: int, length: int) -> TensorBatch:

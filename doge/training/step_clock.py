@@ -58,6 +58,7 @@ class StepClock:
             comm.cdb = backend
 
     def _mark(self) -> None:
+        now: torch.cuda.Event | float
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()

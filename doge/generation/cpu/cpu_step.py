@@ -64,9 +64,17 @@ class CpuStep:
     to bfloat16 before each product, as PyTorch rounds all states; otherwise they stay float32.
     """
 
-    def __init__(self, model: DogeForCausalLM, layers: list[LayerWeights], embedding, head):
+    def __init__(
+        self,
+        model: DogeForCausalLM,
+        layers: list[LayerWeights],
+        embedding: torch.Tensor | Int8,
+        head: torch.Tensor | Int8,
+    ):
         config, rotary = model.config, model.model.rotary_emb
-        self._library = _library(*_types(model, layers))
+        library = _library(*_types(model, layers))
+        assert library is not None  # `supports` was asked
+        self._library = library
         self._lock = threading.Lock()  # each step writes its slots into the structures
         self._kept: list[torch.Tensor] = []  # what the structures point to
         self._layers = (_Layer * len(layers))()
@@ -99,15 +107,19 @@ class CpuStep:
 
     def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, slots: list[Slots], greedy: bool) -> torch.Tensor:
         """See `TorchStep.__call__`."""
-        chosen = torch.empty_like(tokens) if greedy else None
-        logits = None if greedy else torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
+        if greedy:
+            found = torch.empty_like(tokens)
+            logits, chosen = None, found.data_ptr()
+        else:
+            found = torch.empty(len(tokens), self._model.vocab, dtype=torch.float32, device="cpu")
+            logits, chosen = found.data_ptr(), None
         with self._lock:
             self._use(slots)
             self._library.doge_step(
                 ctypes.byref(self._model), len(tokens), slots[0].keys.shape[2], torch.get_num_threads(),
-                tokens.data_ptr(), lengths.data_ptr(), _pointer(logits), _pointer(chosen),
+                tokens.data_ptr(), lengths.data_ptr(), logits, chosen,
             )  # fmt: skip
-        return chosen if greedy else logits
+        return found
 
     def prefill(self, prompts: Sequence[Prompt], slots: int) -> tuple[torch.Tensor, list[Slots]]:
         """See `doge.generation.prefill.prefill`, which reads the prompts that are longer than the window.
@@ -185,16 +197,9 @@ class CpuStep:
 
 def _common_prefix_length(prompts: Sequence[Prompt]) -> int:
     """The length of the prefix that all prompts share, shorter than any of them."""
-    first, last = (
-        min(prompts),
-        max(prompts),
-    )  # in lexicographic order
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in lexicographic order
     longest = min(map(len, prompts)) - 1
     return next((i for i in range(longest) if first[i] != last[i]), longest)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _types(model: DogeForCausalLM, layers: list[LayerWeights]) -> tuple[torch.dtype, torch.dtype]:

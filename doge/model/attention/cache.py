@@ -68,12 +68,16 @@ class DogeCacheLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    biases: torch.Tensor
+    orders: torch.Tensor
+    is_initialized: bool
+
     def __init__(self, window: KeyWindow):
         super().__init__()
         self.window = window
-        self.biases: torch.Tensor | None = None
-        self.orders: torch.Tensor | None = None
-        self.seen = 0
+        self.reset()
 
     @property
     def slots(self) -> Slots:
@@ -179,7 +183,7 @@ class DogeCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.biases = self.orders = None
+        self.keys = self.values = self.biases = self.orders = torch.empty(0)
         self.is_initialized, self.seen = False, 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

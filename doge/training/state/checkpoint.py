@@ -92,7 +92,7 @@ class Checkpoints:
         with self._changed:
             self._changed.wait_for(self._is_idle, timeout)
             self._raise()
-            if not self._is_idle():
+            if self._writing is not None:
                 step = (self._next or self._writing).state.step
                 reason = _reason(self._trouble) if self._trouble else "its storage does not answer"
                 kept = "nothing was committed before" if self.committed is None else f"step {self.committed:,} is kept"

@@ -136,7 +136,7 @@ def _named_parameters(engine: "DeepSpeedEngine") -> Iterator[tuple[str, torch.nn
 
 def _own_part(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's partition of a full tensor under ZeRO 3, the last one padded with zeros."""
-    size = parameter.partition_numel()
+    size = parameter.partition_numel()  # type: ignore[attr-defined]  # a method that DeepSpeed adds
     padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
     return padded.narrow(0, size * dist.get_rank(), size)
 
