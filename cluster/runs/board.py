@@ -12,7 +12,7 @@ from cluster.elastic.events import Event
 
 
 class Board:
-    """The actor's class; `open_board` starts one."""
+    """The actor's class; `BoardActor` starts one."""
 
     def __init__(self) -> None:
         self._waiting: list[Event] = []  # posts that are not in the journal yet

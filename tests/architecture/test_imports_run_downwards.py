@@ -31,9 +31,10 @@ PURE = (
     "data_pipelines.tokenizing.packing",
     "cluster.accounts.",
     "cluster.chaos.disturbances",
-    "cluster.elastic.decisions",
-    "cluster.runs.events",
+    "cluster.elastic.decisions.",
+    "cluster.elastic.events",
     "cluster.runs.journal",
+    "cluster.runs.run_events",
     "cluster.workloads.pace",
     "cluster.workloads.shares",
 )

@@ -81,8 +81,8 @@ def test_what_a_failed_pass_held_is_free_again():
 
 def test_on_a_processor_the_given_size_is_taken():
     engine = SimpleNamespace(device=torch.device("cpu"))
-    assert probe_micro_batch(engine, sequence_length=2048, most=64, default=8) == 8
-    assert probe_micro_batch(engine, sequence_length=2048, most=3, default=8) == 3
+    assert probe_micro_batch(engine, length=2048, most=64, default=8) == 8
+    assert probe_micro_batch(engine, length=2048, most=3, default=8) == 3
 
 
 def test_a_size_is_remembered_as_far_as_it_is_known(tmp_path):

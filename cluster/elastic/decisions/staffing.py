@@ -97,7 +97,7 @@ def mark_lost(known: Known, host: HostRecord, reason: str) -> Commands:
 
 
 def _start_failed(known: Known, host: HostRecord) -> Commands:
-    """Try again a little later; `judge_failed_starts` tells whether at all, once it is known that the node is there."""
+    """Try again later; `_judge_failed_starts` tells whether at all, once it is known that the node is there."""
     known.to_replace += host.replaces
     vacancy = known.vacancy(host.node, host.spare)
     if host.started < vacancy.failed_at:  # it was started beside one whose failure is known
