@@ -34,6 +34,10 @@ def twins(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     }
 
 
+def listed(found: dict[str, list[str]]) -> str:
+    return "\n".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
+
+
 def packaged_modules() -> list[str]:
     return [name for name in modules() if name.split(".")[0] in PACKAGES]
 
@@ -41,7 +45,7 @@ def packaged_modules() -> list[str]:
 def test_no_two_modules_of_one_name():
     files = [name for name in packaged_modules() if modules()[name].name != "__init__.py"]
     found = twins((name.rsplit(".", 1)[-1], name) for name in files)
-    assert not found, found
+    assert not found, listed(found)
 
 
 def test_no_two_classes_of_one_name():
@@ -51,7 +55,7 @@ def test_no_two_classes_of_one_name():
         for node in tree(module).body
         if isinstance(node, ast.ClassDef)
     )
-    assert not found, found
+    assert not found, listed(found)
 
 
 def test_no_file_is_too_long():

@@ -85,15 +85,14 @@ def alive(pid: int) -> bool:
 @contextmanager
 def command(*arguments: str):
     """The command, under way; it hears Ctrl-C even where the tests run in a shell's background, which ignores it."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "cluster.chaos", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for_line(process: subprocess.Popen, words: str) -> str:
