@@ -1,4 +1,4 @@
-"""Real text to train on."""
+"""Real text to train on, and what several files of tests share, since to prepare and to start takes longest."""
 
 import inspect
 import json
@@ -27,3 +27,20 @@ def texts(tmp_path_factory) -> dict[str, str]:
     rows = [" ".join(random.choices(prose, k=4)) for _ in range(400)]
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "prose.parquet")
     return {"code": f"{folder}/code-*.jsonl", "prose": f"{folder}/prose.parquet"}
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A storage for runs of different names, which share the tokenizer, the shards and the tracking store."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def one_worker(ray_cluster, home, texts):
+    """A finished run of the small recipe with one worker: its recipe and its summary."""
+    from small_runs import small_recipe
+
+    from cluster.runs.pretraining import pretrain
+
+    recipe = small_recipe(home, texts, name="one-worker", scaling={"num_workers": 1, "shares": "equal"})
+    return recipe, pretrain(recipe)

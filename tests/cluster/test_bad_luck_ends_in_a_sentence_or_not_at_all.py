@@ -29,13 +29,13 @@ def at_step(recipe, step: int, act) -> threading.Thread:
     return thread
 
 
-def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster, texts, tmp_path, capsys):
+def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster, home, texts, capsys):
     """The run stands still while its worker does, so that the second driver certainly meets it."""
-    recipe = small_recipe(tmp_path, texts, scaling={"warm_spares": 1, "hang_timeout_s": HANG_SECONDS})
+    recipe = small_recipe(home, texts, name="hangs", scaling={"warm_spares": 1, "hang_timeout_s": HANG_SECONDS})
     refusals = []
 
     def disturb() -> None:
-        os.kill(members()[1]["pid"], signal.SIGSTOP)
+        os.kill(members("hangs")[1]["pid"], signal.SIGSTOP)
         try:
             pretrain(recipe)
         except UserError as error:
@@ -49,13 +49,14 @@ def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster
     assert sorted(losses(recipe)) == list(range(1, 51))
     assert sorted(samples(recipe)) == list(range(50))
     assert len(refusals) == 1
-    assert "the training of small" in refusals[0]
+    assert "the training of hangs" in refusals[0]
 
 
-def test_a_loss_that_turns_nan_names_the_step_and_the_sequences(ray_cluster, texts, tmp_path):
+def test_a_loss_that_turns_nan_names_the_step_and_the_sequences(ray_cluster, home, texts):
     recipe = small_recipe(
-        tmp_path, texts, optimizer={"lr": 1e30}, scaling={"num_workers": 1}, training={"max_steps": 20, "save_steps": 1}
-    )
+        home, texts, name="diverges", optimizer={"lr": 1e30}, scaling={"num_workers": 1},
+        training={"max_steps": 20, "save_steps": 1},
+    )  # fmt: skip
     with pytest.raises(UserError, match=r"In step (\d+) \(sequences \d+ to \d+\) the loss was (nan|inf)") as caught:
         pretrain(recipe)
     assert "the last checkpoint is of step" in str(caught.value)

@@ -17,11 +17,12 @@ EQUAL = {"shares": "equal"}  # the same losses to the last digit
 
 
 @pytest.fixture(scope="module")
-def runs(ray_cluster, texts, tmp_path_factory):
+def runs(one_worker, home, texts):
     """Finished runs of the same recipe with one, two and three workers; 8 sequences do not divide by three."""
-    finished = {}
-    for num_workers in (1, 2, 3):
-        recipe = small_recipe(tmp_path_factory.mktemp("run"), texts, scaling=EQUAL | {"num_workers": num_workers})
+    finished = {1: one_worker}
+    for num_workers in (2, 3):
+        scaling = EQUAL | {"num_workers": num_workers}
+        recipe = small_recipe(home, texts, name=f"{num_workers}-workers", scaling=scaling)
         finished[num_workers] = (recipe, pretrain(recipe))
     return finished
 
@@ -49,19 +50,19 @@ def test_one_two_and_three_workers_have_the_same_losses(runs):
         assert sorted(found) == [20, 40, 50]
 
 
-def test_a_killed_worker_changes_no_loss(runs, ray_cluster, texts, tmp_path_factory, capsys):
+def test_a_killed_worker_changes_no_loss(runs, home, texts, capsys):
     """SIGKILL in the middle, between two checkpoints: the run ends by itself, equal to the last digit."""
-    recipe = small_recipe(tmp_path_factory.mktemp("killed"), texts, scaling=EQUAL | {"warm_spares": 1})
+    recipe = small_recipe(home, texts, name="killed", scaling=EQUAL | {"warm_spares": 1})
     killed = []
 
     def kill_at(step: int) -> None:
-        directory = f"{recipe.storage}/runs/small/samples"
+        directory = f"{recipe.storage}/runs/killed/samples"
         while not any(name.startswith(f"step-{step:08d}") for name in os.listdir(directory)):
             time.sleep(0.02)
-        killed.append(members()[-1]["pid"])
+        killed.append(members("killed")[-1]["pid"])
         os.kill(killed[0], signal.SIGKILL)
 
-    os.makedirs(f"{recipe.storage}/runs/small/samples")
+    os.makedirs(f"{recipe.storage}/runs/killed/samples")
     killer = threading.Thread(target=kill_at, args=(12,), daemon=True)
     killer.start()
     pretrain(recipe)
@@ -100,4 +101,4 @@ def test_a_finished_run_is_shown_again(runs, ray_cluster, texts, capsys):
     assert pretrain(recipe) == summary
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was started with optimizer.lr = 0.003, not 0.1: choose another --name"):
-        pretrain(small_recipe(recipe.storage, texts, optimizer={"lr": 0.1}))
+        pretrain(small_recipe(recipe.storage, texts, name=recipe.name, optimizer={"lr": 0.1}))

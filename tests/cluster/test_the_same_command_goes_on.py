@@ -15,16 +15,10 @@ from doge.common.config_tree import to_yaml
 from doge.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-ONE_WORKER = {"scaling": {"num_workers": 1}, "training": {"max_steps": 30, "save_steps": 10}}
+ONE_WORKER = {"scaling": {"num_workers": 1}}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster, texts, tmp_path_factory):
-    recipe = small_recipe(tmp_path_factory.mktemp("undisturbed"), texts, **ONE_WORKER)
-    return recipe, pretrain(recipe)
-
-
-def test_a_killed_driver_and_half_made_shards_change_no_sample(undisturbed, ray_cluster, texts, tmp_path):
+def test_a_killed_driver_and_half_made_shards_change_no_sample(one_worker, ray_cluster, texts, tmp_path):
     """The driver is killed once a checkpoint is there, half the shards are taken away, and the command is repeated."""
     recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
@@ -47,43 +41,43 @@ def test_a_killed_driver_and_half_made_shards_change_no_sample(undisturbed, ray_
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "from step 10" in again.stdout or "from step 20" in again.stdout
-    assert samples(recipe) == samples(undisturbed[0])
-    assert losses(recipe) == losses(undisturbed[0])
+    assert samples(recipe) == samples(one_worker[0])
+    assert losses(recipe) == losses(one_worker[0])
 
 
-def test_a_checkpoint_leaves_the_stable_phase_earlier(undisturbed, texts, tmp_path):
+def test_a_checkpoint_leaves_the_stable_phase_earlier(one_worker, texts, tmp_path):
     """`--from` a checkpoint of the stable phase: the same next step, and another schedule."""
-    recipe, _ = undisturbed
+    recipe, _ = one_worker
     early = small_recipe(recipe.storage, texts, **ONE_WORKER | {"name": "early", "lr_scheduler": {"decay_steps": 2}})
-    pretrain(early, start_from=f"{recipe.storage}/runs/small/checkpoints/step-00000020")
+    pretrain(early, start_from=f"{recipe.storage}/runs/one-worker/checkpoints/step-00000040")
     before, after = losses(recipe), losses(early)
-    assert sorted(after) == list(range(21, 31))
-    assert after[21] == before[21]  # the loss before the first update that differs
-    assert losses(early, "learning_rate")[28] == pytest.approx(3e-3)
-    assert losses(recipe, "learning_rate")[28] < 3e-3
-    first = samples(early)[20]
-    assert first == samples(recipe)[20]
+    assert sorted(after) == list(range(41, 51))
+    assert after[41] == before[41]  # the loss before the first update that differs
+    assert losses(early, "learning_rate")[48] == pytest.approx(3e-3)
+    assert losses(recipe, "learning_rate")[48] < 3e-3
+    first = samples(early)[40]
+    assert first == samples(recipe)[40]
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(undisturbed, texts, tmp_path):
-    checkpoint = f"{undisturbed[0].storage}/runs/small/checkpoints/step-00000030"
+def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(one_worker, texts, tmp_path):
+    checkpoint = f"{one_worker[0].storage}/runs/one-worker/checkpoints/step-00000050"
     other = small_recipe(tmp_path, texts, model={"num_hidden_layers": 3}, training={"max_steps": 60})
     with pytest.raises(UserError, match=r"The checkpoint is of another model: .*layers\.2\..* is missing there"):
         pretrain(other, start_from=checkpoint)
     assert not list(Path(tmp_path).glob("plans/*"))
 
 
-def test_other_data_needs_the_tokenizer_that_the_weights_read_by(undisturbed, texts, tmp_path):
-    recipe = undisturbed[0]
-    checkpoint = f"{recipe.storage}/runs/small/checkpoints/step-00000030"
+def test_other_data_needs_the_tokenizer_that_the_weights_read_by(one_worker, texts, tmp_path):
+    recipe = one_worker[0]
+    checkpoint = f"{recipe.storage}/runs/one-worker/checkpoints/step-00000050"
     fewer = small_recipe(recipe.storage, {"code": texts["code"]}, name="other", training={"max_steps": 60})
     with pytest.raises(UserError, match=r"another tokenizer, .*: set --tokenizer.path .*/tokenizers/trained-"):
         pretrain(fewer, start_from=checkpoint)
 
 
-def test_a_run_does_not_go_back(undisturbed, texts):
-    shorter = small_recipe(undisturbed[0].storage, texts, training={"max_steps": 25})
-    with pytest.raises(UserError, match="is at step 30 already"):
+def test_a_run_does_not_go_back(one_worker, texts):
+    shorter = small_recipe(one_worker[0].storage, texts, name="one-worker", training={"max_steps": 25})
+    with pytest.raises(UserError, match="is at step 50 already"):
         Pretraining(shorter, None).execute()
 
 

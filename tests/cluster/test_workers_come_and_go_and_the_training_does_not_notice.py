@@ -21,7 +21,7 @@ STEPS, SAVE_STEPS = 400, 10
 SEED = int(os.environ.get("DOGE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
 
-def elastic_recipe(storage, texts, workers):
+def elastic_recipe(storage, texts, name, workers):
     """Workers only on the test's own nodes, which have the resource ``seat``."""
     training = {
         "max_steps": STEPS,
@@ -37,7 +37,7 @@ def elastic_recipe(storage, texts, workers):
         "hang_timeout_s": 300,
         "warm_spares": int(workers != 1),
     }
-    return small_recipe(storage, texts, training=training, scaling=scaling)
+    return small_recipe(storage, texts, name=name, training=training, scaling=scaling)
 
 
 class Disturbance(threading.Thread):
@@ -55,8 +55,8 @@ class Disturbance(threading.Thread):
         self.done = self.act() or True
 
 
-def kill_rank(rank: int) -> int:
-    pid = members()[rank]["pid"]
+def kill_rank(run: str, rank: int) -> int:
+    pid = members(run)[rank]["pid"]
     os.kill(pid, signal.SIGKILL)
     return pid
 
@@ -71,8 +71,8 @@ def nodes(ray_cluster):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nodes, texts, tmp_path_factory):
-    recipe = elastic_recipe(tmp_path_factory.mktemp("undisturbed"), texts, 1)
+def undisturbed(nodes, home, texts):
+    recipe = elastic_recipe(home, texts, "undisturbed", 1)
     pretrain(recipe)
     return samples(recipe), losses(recipe), losses(recipe, "held_out_loss")
 
@@ -93,12 +93,12 @@ def check(recipe, undisturbed, out: str) -> list[str]:
     return begun
 
 
-def test_a_lost_worker_and_a_lost_rank_0_change_no_sample(nodes, undisturbed, texts, tmp_path, capsys):
+def test_a_lost_worker_and_a_lost_rank_0_change_no_sample(nodes, undisturbed, home, texts, capsys):
     print(f"DOGE_TEST_SEED={SEED}")
     seeded = random.Random(SEED)
-    recipe = elastic_recipe(tmp_path, texts, [1, 2])
-    worker = Disturbance(recipe, seeded.randrange(12, 50), lambda: kill_rank(1))
-    rank_0 = Disturbance(recipe, seeded.randrange(60, 100), lambda: kill_rank(0))
+    recipe = elastic_recipe(home, texts, "lost", [1, 2])
+    worker = Disturbance(recipe, seeded.randrange(12, 50), lambda: kill_rank("lost", 1))
+    rank_0 = Disturbance(recipe, seeded.randrange(60, 100), lambda: kill_rank("lost", 0))
     pretrain(recipe)
     assert worker.done
     assert rank_0.done
@@ -107,16 +107,16 @@ def test_a_lost_worker_and_a_lost_rank_0_change_no_sample(nodes, undisturbed, te
 
 
 def test_a_node_that_dies_one_that_comes_and_one_that_is_announced_to_go(
-    nodes, undisturbed, ray_cluster, texts, tmp_path, capsys
+    nodes, undisturbed, ray_cluster, home, texts, capsys
 ):
     """Only the death may repeat steps, and none that was committed."""
     print(f"DOGE_TEST_SEED={SEED}")
     seeded = random.Random(SEED)
-    recipe = elastic_recipe(tmp_path, texts, [1, 2])
+    recipe = elastic_recipe(home, texts, "moving", [1, 2])
     doomed = nodes.pop()
     death = Disturbance(recipe, seeded.randrange(12, 30), doomed.kill)
-    arrival = Disturbance(recipe, 60, lambda: add_node_meanwhile(ray_cluster.address))
-    departure = Disturbance(recipe, 61, lambda: drain_meanwhile(arrival))
+    arrival = Disturbance(recipe, 60, lambda: add_node_meanwhile(recipe.name, ray_cluster.address))
+    departure = Disturbance(recipe, 61, lambda: drain_meanwhile(recipe.name, arrival))
     pretrain(recipe)
     nodes.append(arrival.done)
     assert death.done
@@ -127,25 +127,25 @@ def test_a_node_that_dies_one_that_comes_and_one_that_is_announced_to_go(
     assert "repeating" not in begun[2] + begun[3]
 
 
-def add_node_meanwhile(address: str) -> Node:
+def add_node_meanwhile(run: str, address: str) -> Node:
     """Add a node, and hold the training, whose steps take milliseconds, until a process there could take part."""
-    with held_training():
+    with held_training(run):
         node = add_node(address, {"seat": 1})
-        wait_until(lambda: any(host["node"] == node.node_id for host in hosts()), 120, "a process on the new node")
+        wait_until(lambda: any(host["node"] == node.node_id for host in hosts(run)), 120, "a process on the new node")
     return node
 
 
-def drain_meanwhile(arrival: Disturbance) -> None:
+def drain_meanwhile(run: str, arrival: Disturbance) -> None:
     """Announce that the new node goes, once it takes part, and hold the training until the run has heard it."""
-    wait_until(lambda: len(members()) == 2, 120, "the new node to take part")
-    with held_training():
+    wait_until(lambda: len(members(run)) == 2, 120, "the new node to take part")
+    with held_training(run):
         arrival.done.drain(deadline_s=30)
-        wait_until(lambda: any(host["leaving"] for host in hosts()), 30, "the notice")
+        wait_until(lambda: any(host["leaving"] for host in hosts(run)), 30, "the notice")
 
 
 @contextmanager
-def held_training() -> Iterator[None]:
-    trainer = members()[0]["pid"]
+def held_training(run: str) -> Iterator[None]:
+    trainer = members(run)[0]["pid"]
     os.kill(trainer, signal.SIGSTOP)
     try:
         yield
