@@ -18,6 +18,8 @@ from cluster.runs.sinks import delivery
 from cluster.runs.sinks.tracking_sink import TrackingSink
 from doge.common.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 COMMIT_SECONDS = 2.0  # a commit waits for the journal alone; a locked store answers after 20 s
 LOSSES = [(step, 1 / step) for step in range(1, 61)]
 

@@ -20,6 +20,7 @@ def test_importing_the_package_imports_no_library():
     assert not modules_after("import doge; dir(doge)") & {"torch", "transformers", "numpy"}
 
 
+@pytest.mark.slow
 def test_decoding_imports_no_training(tmp_path):
     code = (
         "import doge\n"
