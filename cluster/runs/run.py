@@ -144,7 +144,8 @@ class Run:
         assert self.journal is not None, "a run works while it is recorded"
         name, storage = self.config.name, self.config.storage
         board = self._board = BoardActor()
-        coordinator = open_coordinator(name, make_job(board.handle), self.config.scaling)
+        job = make_job(board.handle)  # held until the end: what it shares lasts as long as it is referenced here
+        coordinator = open_coordinator(name, job, self.config.scaling)
         attempt = f"{name}-{int(time.time())}"
         trainer = SeatTrainer(take_seat, SeatConfig(coordinator), seats, attempt, storage.path("ray_train"))
         over = threading.Event()
