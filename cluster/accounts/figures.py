@@ -1,4 +1,4 @@
-"""What a ledger comes to: the numbers, as a person reads them and as MLflow keeps them."""
+"""The ledger's figures, as lines for a reader and as metrics for MLflow."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ _NODES_SHOWN, _WORKERS_SHOWN = 16, 8
 
 @dataclass(frozen=True)
 class WorkerFigures:
-    """Tokens are of steps that count; seconds, energy and cost are of all the time it was there."""
+    """Figures of one worker: tokens of the steps that count; seconds, energy and cost of its whole stay."""
 
     host: str
     node: str
@@ -23,22 +23,22 @@ class WorkerFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the ledger comes to. Shares and goodput are between 0 and 1; None is unknown.
+    """Figures of a run. Shares and goodput are between 0 and 1; None is unknown.
 
     Args:
-        wall_seconds: in which a driver ran.
-        goodput: see `cluster.accounts.goodput`; None before a group has made two steps.
-        lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``spares``, ``restarts``.
-        shares: of the workers' time, by kind.
-        steps: finished, each counted once.
-        lost_steps: made and then made again.
-        restarts: times that stepping stopped and began anew.
-        restart_seconds: of each, from the last step before to the beginning of the first after; the median.
-        tokens_per_s: of steps that count, over the wall time.
-        undisturbed_tokens_per_s: of the fastest group.
-        energy_kwh: of the workers whose energy could be read.
-        cost: of the devices that have a price, and electricity; None if there is neither.
-        unpriced: devices without a price.
+        wall_seconds: Seconds in which a driver ran.
+        goodput: See `cluster.accounts.goodput`; None before a group has made two steps.
+        lost: The rest of goodput to 1, by cause: ``repeated``, ``absence``, ``spares``, ``restarts``.
+        shares: Shares of the workers' time, by kind.
+        steps: Finished steps, each counted once.
+        lost_steps: Steps that were made and then made again.
+        restarts: Number of times that stepping stopped and began anew.
+        restart_seconds: Median time from the last step before a restart to the beginning of the first step after it.
+        tokens_per_s: Tokens of steps that count, over the wall time.
+        undisturbed_tokens_per_s: Speed of the fastest group.
+        energy_kwh: Energy of the workers whose energy could be read.
+        cost: Cost of the devices that have a price, and of electricity; None if neither is known.
+        unpriced: Devices without a price.
     """
 
     wall_seconds: float
@@ -60,7 +60,7 @@ class Figures:
 
     @property
     def busy_share(self) -> float:
-        """Of all the workers' time, what went to computing steps that count."""
+        """Share of all workers' time spent computing steps that count."""
         return self.shares.get("step", 0.0)
 
     @property
@@ -72,7 +72,7 @@ class Figures:
         return nodes
 
     def rows(self) -> list[tuple[str, str]]:
-        """What a person reads at the end of a run, as labels and texts."""
+        """The figures as ``(label, text)`` lines for a reader."""
         rows = [("goodput", self._goodput_text()), ("workers' time", self._time_text())]
         speed = f"{self.tokens_per_s:,.0f} tokens/s"
         if self.undisturbed_tokens_per_s is not None:
@@ -98,7 +98,7 @@ class Figures:
         return rows
 
     def metrics(self) -> dict[str, float]:
-        """For MLflow; what is unknown is left out."""
+        """The figures as metrics for MLflow, without those that are unknown."""
         values = {
             name: getattr(self, name)
             for name in (

@@ -30,13 +30,13 @@ from itertools import pairwise
 from math import inf
 from typing import Literal
 
-# Fewer steps than this say little about a group's speed.
+# Fewer steps than this are too few to measure a group's speed.
 _TELLING_STEPS = 10
 _STALLS = {"checkpoint", "evaluation"}
 
 DeviceGroup = tuple[str, ...]
 Start = Literal["first", "replacement"]
-"""Of a process beside the steps of others: an undisturbed run has it as well, or it takes the place of a lost one."""
+"""Kind of a process's start beside the steps of others: one that an undisturbed run has too, or a replacement."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class MembershipTimes:
 
     @property
     def steady_seconds(self) -> float:
-        """Of the steady steps, without stalls."""
+        """Seconds of the steady steps, without stalls."""
         return self.last_end - self.first_end - self.stalls
 
     @property
@@ -103,11 +103,11 @@ class MembershipTimes:
         return self.steady_seconds - sum(self.beside_seconds.values())
 
     def seconds_lost_beside(self, start: Start, usual: float) -> float:
-        """What its steps beside such starts took longer than ``usual`` seconds each."""
+        """Seconds that its steps beside such starts took beyond ``usual`` seconds each."""
         return max(0.0, self.beside_seconds.get(start, 0.0) - self.beside_steps[start] * usual)
 
     def follow(self, earlier: "MembershipTimes") -> None:
-        """Learn what had been finished before."""
+        """Take over from an earlier membership what was finished before."""
         for kind in {*earlier.before, *earlier.finished}:
             last = max(earlier.before.get(kind, 0), earlier.finished.get(kind, 0))
             self.before[kind] = max(self.before.get(kind, 0), last)
@@ -160,7 +160,7 @@ class MembershipTimes:
 
 @dataclass(frozen=True)
 class RunTotals:
-    """What a run's memberships come to.
+    """Totals over a run's memberships.
 
     Args:
         steps: finished, each counted once, as far as they were told.
@@ -185,7 +185,7 @@ def run_totals(memberships: Sequence[MembershipTimes], now: float) -> RunTotals:
     if not stepped:
         return RunTotals()
     last = max(member.last_step for member in stepped)
-    # A driver that died unawares has made steps of which nothing is known, nor of their time.
+    # Steps that a crashed driver made but never recorded.
     unseen = sum(max(0, member.from_step - member.before.get("step", member.from_step)) for member in stepped[1:])
     steps = last - stepped[0].from_step - unseen
     lost_steps = sum(member.last_step - member.from_step for member in stepped) - steps
@@ -265,7 +265,7 @@ def _stalls(stepped: Sequence[MembershipTimes], counted: int) -> Callable[[Devic
 def _bars(
     stepped: Sequence[MembershipTimes], rates: Mapping[DeviceGroup, float]
 ) -> Iterator[tuple[float, DeviceGroup]]:
-    """From when on the run is held to the speed of which group: each is faster than those before it."""
+    """(time, group) pairs: from then on this group's speed is the reference."""
     best = 0.0
     for member in stepped:
         if rates.get(member.group, 0.0) > best:

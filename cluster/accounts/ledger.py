@@ -23,11 +23,11 @@ from doge.common.errors import UserError
 @dataclass(frozen=True)
 class LedgerRecipe:
     prices_per_hour: dict[str, float] = field(default_factory=dict)
-    """What an hour of one worker's device costs, by a part of the device's name ("RTX 4090"); the longest that fits."""
+    """Price of one device per hour, by a part of its name, such as "RTX 4090"; the longest match counts."""
     currency: str = "$"
-    """Of all prices; only printed."""
+    """Currency of all prices; only printed."""
     electricity_per_kwh: float = 0.0
-    """What a kilowatt-hour costs on top; counted for devices whose energy can be read."""
+    """Price of a kilowatt-hour, added for devices whose energy can be read."""
 
     def __post_init__(self) -> None:
         prices = {f"prices_per_hour.{name}": price for name, price in self.prices_per_hour.items()}
@@ -63,7 +63,7 @@ class WorkEnded(Event):
 
 @dataclass(frozen=True)
 class StepRecord(Event):
-    """What a host did since its last record: one optimizer step, or an evaluation or a checkpoint after one.
+    """The work of a host since its last record: one optimizer step, or an evaluation or a checkpoint after one.
 
     Args:
         host: the training process's name, unique in the run.
@@ -91,7 +91,7 @@ class StepRecord(Event):
 
 @dataclass
 class _Host:
-    """What is known of a host; times in seconds since the run began."""
+    """The account of one host; times in seconds since the run began."""
 
     node: str
     device: str
@@ -128,7 +128,7 @@ class Ledger:
         self._starts: dict[str, tuple[Start, float, float]] = {}  # of this driver's hosts: from when to when
 
     def take(self, event: Event) -> None:
-        """Take in what happened; events of other kinds change nothing."""
+        """Account for an event; events of other kinds change nothing."""
         match event:
             case DriverStarted():
                 self._begin(event.at)
@@ -224,7 +224,7 @@ class Ledger:
             later.follow(earlier)
 
     def figures(self, recipe: LedgerRecipe) -> Figures:
-        """What it all comes to, so far."""
+        """The figures of everything so far."""
         workers = [self._worker(name, host, recipe) for name, host in self._hosts.items()]
         seconds: Counter[str] = Counter()
         for worker in workers:
@@ -254,7 +254,7 @@ class Ledger:
         )
 
     def timeline(self) -> Timeline:
-        """Who did what when, so far."""
+        """The timeline of everything so far."""
         bins = deepcopy(self._timeline)
         for name, host in self._hosts.items():
             bins.add(name, self._tail_kind(host), host.booked, self._until(host))
@@ -263,7 +263,7 @@ class Ledger:
         return Timeline(lanes, bins.bin_seconds, self._end, changes, self._drivers[1:])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, to go on from."""
+        """The whole ledger as JSON values."""
         starts = {
             host: [kind, since, None if until == inf else until] for host, (kind, since, until) in self._starts.items()
         }
@@ -304,7 +304,7 @@ class Ledger:
         return now
 
     def _beside(self, start: float, ended: float) -> Start | None:
-        """Whether a host started at that time."""
+        """The kind of a host's start within that time, if there was one."""
         kinds = {kind for kind, since, until in self._starts.values() if since < ended and start < until}
         return "replacement" if "replacement" in kinds else "first" if kinds else None
 
@@ -314,13 +314,13 @@ class Ledger:
         host.booked = until
 
     def _gap(self, host: _Host, index: int) -> Kind:
-        """What the time between two records was, the later one in the membership with ``index``."""
+        """The kind of the time between two records, the later of which is in the membership with ``index``."""
         if host.membership is None:
             return "start"
         return "restart" if index > host.membership else "idle"
 
     def _tail_kind(self, host: _Host) -> Kind:
-        """What the time after a host's last record was: its last one, if the group went on in another membership."""
+        """The kind of the time after a host's last record."""
         last = next((at for at, m in enumerate(self._memberships) if m.at > self._until(host)), len(self._memberships))
         return self._gap(host, min(last, len(self._memberships) - 1))
 

@@ -1,4 +1,4 @@
-"""Who did what when, in bounded memory: equal bins that double in width as a run grows."""
+"""The timeline of a run in bounded memory: equal bins that double in width as the run grows."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["start", "step", "data", "others", "checkpoint", "evaluation", "restart", "repeated", "idle"]
-"""What a worker's second went to.
+"""Kind of a worker's time.
 
 A worker posts ``step`` (computing its share and updating), ``data`` (waiting for data), ``others`` (waiting for other
 workers), ``checkpoint`` (the stall of gathering state) and ``evaluation``. The ledger derives ``start`` (from being
@@ -54,7 +54,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Who did what when; times in seconds since the run began.
+    """The timeline of a run; times in seconds since it began.
 
     Args:
         lanes: The lanes, those of a node next to each other.
@@ -170,5 +170,5 @@ class TimelineBins:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts node-2 before node-10."""
+    """Sort key that puts node-2 before node-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line on a terminal, plain periodic lines in a job's log."""
+"""Progress on the console: one live line on a terminal, plain periodic lines in a job's log."""
 
 import statistics
 import sys
@@ -15,8 +15,8 @@ class Console:
     """Prints a run's progress; a terminal's last line is overwritten, a log's never. Thread-safe.
 
     Args:
-        max_steps: where the run ends, for the ETA.
-        logging_steps: steps between two lines where the output is no terminal.
+        max_steps: Last step of the run, for the time to go.
+        logging_steps: Steps between two lines if the output is not a terminal.
     """
 
     def __init__(self, max_steps: int, logging_steps: int, output: TextIO | None = None):

@@ -1,4 +1,4 @@
-"""What a run would do on the machines that are there: workers, shares, time and cost, before anything starts.
+"""Forecast of a run on the present machines: workers, shares, time and cost, before anything starts.
 
 Speeds come from earlier runs of the same model, which leave theirs under the storage root.
 """
@@ -21,7 +21,7 @@ Speeds = dict[str, float]
 
 
 def remember_speeds(recipe: Recipe, storage: Storage, speeds: Speeds) -> None:
-    """Keep what was measured for the next plan."""
+    """Store measured speeds for later forecasts."""
     known = known_speeds(recipe, storage)
     storage.write_bytes(_file(recipe), json.dumps(known | speeds, indent=1).encode())
 
@@ -34,7 +34,7 @@ def known_speeds(recipe: Recipe, storage: Storage) -> Speeds:
 
 
 def _file(recipe: Recipe) -> str:
-    """One for all that a worker's speed depends on, but for its device."""
+    """Name of the file for runs in which a device is equally fast."""
     training, engine = recipe.training, recipe.engine
     values = [
         to_dict(recipe.model), recipe.data.sequence_length, engine.precision, engine.zero_stage,
@@ -51,7 +51,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 
 
 def forecast(recipe: Recipe, devices: list[str], speeds: Speeds) -> list[tuple[str, str]]:
-    """What ``devices``, one a worker, would do, as labelled lines."""
+    """The forecast for workers on these devices, as ``(label, text)`` lines."""
     training, scaling = recipe.training, recipe.scaling
     if len(devices) < scaling.min_workers:
         least = count(scaling.min_workers, "worker")
@@ -125,7 +125,7 @@ def devices_of_cluster(recipe: Recipe) -> list[str]:
 
 
 def _cpus(recipe: Recipe, cores: list[int]) -> list[str]:
-    """Names of CPU workers, spread evenly over nodes with so many cores."""
+    """Device names of CPU workers that are spread evenly over nodes with these numbers of cores."""
     from doge.common.hardware import cpu_name
 
     number = len(cores) if recipe.scaling.num_workers is None else recipe.scaling.max_workers

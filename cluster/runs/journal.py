@@ -59,7 +59,7 @@ class Segment:
 
 
 def journal_directory(run: Storage) -> Path:
-    """Where the journal of the run with this directory lies: there, or, if that is remote, in this user's cache."""
+    """The local directory of a run's journal: inside the run's directory, or in this user's cache if that is remote."""
     if run.is_local:
         return Path(run.path("journal"))
     return Path(private_cache(), "journals", hashlib.sha256(run.root.encode()).hexdigest()[:16])
@@ -116,7 +116,7 @@ class Journal:
             now = time.time()
             lines = b"".join(_line(segment.end + at, now, event) for at, event in enumerate(events))
             with open(segment.path, "r+b") as file:  # must exist: a directory that has vanished is an error
-                file.truncate(segment.size)  # whatever an attempt that failed has left
+                file.truncate(segment.size)  # drop what a failed attempt left
                 file.seek(segment.size)
                 file.write(lines)
                 file.flush()
@@ -176,9 +176,7 @@ class Journal:
         newest = self._segments[-1] if self._segments else None
         if newest is not None and newest.path.stem.endswith(self._writer):
             if self._names()[-1:] != [newest.path.name]:
-                raise UserError(
-                    f"Another process writes the journal {self.directory}: only one driver of a run may go on."
-                )
+                raise UserError(f"Another process writes the journal {self.directory}: a run can have one driver only.")
             if newest.size < self._segment_bytes:
                 return newest
         else:
@@ -266,7 +264,7 @@ def _line(number: int, now: float, event: Event) -> bytes:
 
 
 def _values(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; None if it is torn or none of a journal's."""
+    """The values of a line; None if it is torn or damaged."""
     try:
         values = json.loads(line)
         return values if line.endswith(b"\n") and {"number", "time", "kind", "event"} <= values.keys() else None
@@ -275,7 +273,7 @@ def _values(line: bytes) -> dict[str, Any] | None:
 
 
 def _event(kind: str, fields: dict[str, Any]) -> Event | None:
-    """The event, None if this version does not know its kind or misses a field; fields that are new are left out."""
+    """The event; None if its kind is unknown or a field is missing. Unknown fields are ignored."""
     if kind not in Event.kinds:
         return None
     try:

@@ -101,8 +101,8 @@ class Pretraining:
             summary = from_dict(Summary, json.loads(self.run.directory.read_bytes("summary.json")))
             if summary.step >= self.recipe.training.max_steps:
                 self.console.say(
-                    f"The run {self.recipe.name} is finished; --name NEW starts another, a larger "
-                    "--training.max-steps goes on with it."
+                    f"The run {self.recipe.name} is finished: choose another --name for a new run, or raise "
+                    "--training.max-steps to continue this one."
                 )
                 self.run.deliver_rest()
                 return summary
@@ -137,7 +137,7 @@ class Pretraining:
         return summary
 
     def _plan_data(self) -> "Plan":
-        """List the data and make the tokenizer, which must fit the model; a run with a checkpoint keeps its plan."""
+        """List the data and train or open the tokenizer; a run that has a checkpoint keeps its plan."""
         from data_pipelines.order.plan import load_plan, make_plan
         from doge.tokenizer.loading import check_vocabulary
 
@@ -151,14 +151,11 @@ class Pretraining:
             names = (n for n in self.storage.names("tokenizers") if n.endswith(".sha256"))
             same = [n for n in names if self.storage.read_bytes(f"tokenizers/{n}").decode() == used]
             path = self.storage.path(f"tokenizers/{same[0].removesuffix('.sha256')}") if same else "DIRECTORY"
-            raise UserError(
-                f"{self.start_from} was trained with another tokenizer, by which its weights read: "
-                f"set --tokenizer.path {path}."
-            )
+            raise UserError(f"{self.start_from} was trained with another tokenizer: set --tokenizer.path {path}.")
         return plan
 
     def _prepare(self, plan: "Plan", storage: Storage, board: BoardActor, over: threading.Event) -> None:
-        """Make the shards that this run needs; a failure ends the run with its sentence."""
+        """Prepare the shards that this run needs; a failure stops the run."""
         from data_pipelines.prepare import prepare
 
         told = 0.0
@@ -191,7 +188,7 @@ class Pretraining:
             return None
 
     def _check_start(self) -> None:
-        """Refuse, before anything starts, to go on or to begin from where this recipe cannot."""
+        """Raise UserError early if this recipe cannot resume its run or begin from the checkpoint."""
         if steps := self._steps():
             if steps[-1] > self.recipe.training.max_steps:
                 raise UserError(

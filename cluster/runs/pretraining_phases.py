@@ -12,7 +12,7 @@ from doge.training.next_token import NextTokenPrediction
 
 
 def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None = None) -> TrainingSettings:
-    """What the hosts of a pretraining must know.
+    """The settings of the workload that pretrains the recipe's model.
 
     Args:
         recipe: of the run.

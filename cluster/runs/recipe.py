@@ -1,4 +1,4 @@
-"""The recipe of a pretraining run: a tree whose parts lie beside the code that they configure."""
+"""The recipe of a pretraining run: one tree whose parts lie beside the code that they configure."""
 
 import os
 from dataclasses import dataclass, field
@@ -19,11 +19,10 @@ from doge.training.schedule import SchedulerRecipe
 @dataclass(frozen=True)
 class TrainingRecipe:
     max_steps: int = 8_000
-    """Optimizer steps of the whole run."""
     global_batch_size: int = 256
-    """Sequences in every step, whatever the number of workers."""
+    """Sequences per step, whatever the number of workers."""
     micro_batch_size: int | None = None
-    """The most sequences that a worker computes at once. Default: what fits in its GPU's memory; 8 on a CPU. The
+    """Most sequences that a worker processes at once. Default: what fits in its GPU's memory, and 8 on a CPU. The
     result does not depend on it."""
     seed: int = 233
     """Seed of the initial weights."""
@@ -32,11 +31,11 @@ class TrainingRecipe:
     save_steps: int = 200
     """Steps between two checkpoints."""
     save_total_limit: int = 2
-    """Number of checkpoints to keep; the oldest are deleted."""
+    """Number of newest checkpoints to keep."""
     logging_steps: int = 10
-    """Steps between two lines of a job's log, and between two statistics of the experts."""
+    """Steps between two lines of a job's log, and between two expert statistics."""
     record_samples: bool = False
-    """Record which sequences every step took, in runs/NAME/samples."""
+    """Record where each sequence of every step comes from, in runs/NAME/samples."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more computation."""
 
@@ -56,7 +55,7 @@ def _default_storage() -> str:
 @dataclass(frozen=True)
 class Recipe:
     name: str = "Doge-20M"
-    """Name of the run. Starting a run with the name of an earlier one resumes it."""
+    """Name of the run; running the same name again resumes it."""
     storage: str = field(default_factory=_default_storage)
     """Root of everything durable: a directory, or a URI such as s3://bucket/doge. DOGE_HOME sets the default."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -71,7 +70,7 @@ class Recipe:
     ledger: LedgerRecipe = field(default_factory=LedgerRecipe)
 
     def check(self) -> None:
-        """Raise UserError if the parts of the recipe do not fit together. Starts nothing and reads nothing."""
+        """Raise UserError if the parts do not fit together; starts nothing and reads nothing."""
         config = self.model.build()
         if self.data.sequence_length > config.max_position_embeddings:
             raise UserError(
@@ -87,10 +86,10 @@ class Recipe:
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
         if self.name in ("", ".", "..") or "/" in self.name:
-            raise UserError(f"name = {self.name!r} must be a plain name without slashes, since it names a directory.")
+            raise UserError(f"name = {self.name!r} must be a plain name: it becomes a directory.")
 
     def check_workers(self, num_workers: int) -> None:
-        """Raise UserError if a step has fewer sequences than workers."""
+        """Raise UserError if a step has fewer sequences than there are workers."""
         if self.training.global_batch_size < num_workers:
             raise UserError(
                 f"training.global_batch_size ({self.training.global_batch_size}) is smaller than the number of "
@@ -99,11 +98,11 @@ class Recipe:
 
     @property
     def training_sequences(self) -> int:
-        """Number of sequences that the whole run trains on."""
+        """Sequences that the whole run trains on."""
         return self.training.max_steps * self.training.global_batch_size
 
     def plan(self) -> list[tuple[str, str]]:
-        """Describe what the run will do, as (label, text) lines."""
+        """The run's plan as ``(label, text)`` lines for a reader."""
         config, training, schedule = self.model.build(), self.training, self.lr_scheduler
         total, active = num_parameters(config), num_parameters(config, active=True)
         parameters = f"{total / 1e6:,.1f}M parameters"
@@ -135,7 +134,7 @@ _FREE = (
 
 
 def check_same_run(recipe: Recipe, started: Recipe) -> None:
-    """Raise UserError if ``recipe`` cannot resume the run that ``started`` began.
+    """Raise UserError if ``recipe`` cannot resume the run that was started with ``started``.
 
     The data is not compared here: its order has a fingerprint of its own, which the checkpoint holds.
     """

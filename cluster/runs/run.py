@@ -38,14 +38,14 @@ INTERRUPTED_SECONDS = 5.0  # for every sink once a user interrupted the run
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run is, whatever its workers do.
+    """The part of a run's recipe that does not depend on what its workers do.
 
     Args:
-        name: a plain name, by which the run's directory is called.
-        storage: root of everything durable.
-        parameters: by dotted name, to be shown in MLflow.
-        tokens_per_step: of the global batch.
-        tokens_per_unit: of a sequence.
+        name: Name of the run and of its directory.
+        storage: Root of everything durable.
+        parameters: Parameters to show in MLflow, by dotted name.
+        tokens_per_step: Tokens of a global batch.
+        tokens_per_unit: Tokens of a sequence.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Run:
                 self.post(WorkEnded(time.monotonic()))
 
     def report(self, step: int) -> Figures:
-        """What the run came to, after its figures and its timeline were recorded at ``step``."""
+        """Record the run's figures at ``step`` and its timeline, and return the figures."""
         assert self._delivery is not None, "a run reports while it is recorded"
         self._delivery.catch_up([self._ledger, self._curves], REPORT_SECONDS)
         figures = self._ledger.figures()

@@ -1,4 +1,4 @@
-"""What happens to a run as a whole, beside what happens to its hosts and in its work."""
+"""Events of a run as a whole."""
 
 from dataclasses import dataclass
 from typing import Literal

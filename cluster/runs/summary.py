@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the exported model, its loss beside honest baselines, a plot and samples."""
+"""The summary of a finished run: the exported model, its loss beside honest baselines, a plot and samples."""
 
 import json
 import tempfile
@@ -29,7 +29,7 @@ _PROMPTS = ("def main():", "The purpose of this", "Return the")
 
 @dataclass(frozen=True)
 class Summary:
-    """Losses are mean nats a token over the held-out set; None where the recipe holds nothing out."""
+    """Results of a finished run. Losses are in nats per token of the held-out set; None if nothing is held out."""
 
     name: str
     step: int

@@ -20,7 +20,7 @@ from doge.common.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-COMMIT_SECONDS = 2.0  # a commit waits for the journal alone; a locked store answers after 20 s
+COMMIT_SECONDS = 8.0  # a commit waits for the journal alone; a locked store answers after 20 s, a silent one never
 LOSSES = [(step, 1 / step) for step in range(1, 61)]
 
 
@@ -115,7 +115,7 @@ def test_a_store_that_is_locked_when_the_run_starts(tmp_path, monkeypatch):
     with locked(tmp_path / "mlflow.db"):
         context = driving(recorded_run(tmp_path, output))
         board = context.__enter__()
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < 12.0
         assert make_steps(board, range(11, 61)) < COMMIT_SECONDS
     context.__exit__(None, None, None)
     everything_is_there(tmp_path)
@@ -157,7 +157,7 @@ def test_a_server_that_never_answers_is_caught_up_with_by_the_next_call(tmp_path
     began = time.monotonic()
     with silent(port), driving(recorded_run(tmp_path, output, uri)) as board:
         make_steps(board, range(1, 61))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
     assert "MLflow has not got the last" in output.getvalue()
     assert "run the same command again to deliver them" in output.getvalue()
     monkeypatch.setattr(TrackingSink, "close_seconds", 60.0)

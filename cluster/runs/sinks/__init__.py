@@ -1,1 +1,1 @@
-"""What becomes of a run's events: each sink reads them from the journal at its own pace."""
+"""Sinks of a run's events; each reads them from the journal at its own pace."""

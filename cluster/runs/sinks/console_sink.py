@@ -53,7 +53,7 @@ class ConsoleSink(Sink):
 
 
 def describe_membership(membership: MembershipFormed, members: Sequence[MemberStarted]) -> str:
-    """Who the members are, by rank, where they go on, and, after an interruption, what that took."""
+    """Describe the members, ordered by rank, their first step and, after an interruption, how long it took."""
     counted = Counter(member.device for member in members)
     devices = ", ".join(f"{number} × {device}" if number > 1 else device for device, number in counted.items())
     first = members[0]

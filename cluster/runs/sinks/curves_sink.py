@@ -53,7 +53,7 @@ class CurvesSink(StateSink):
     """Keeps ``curves.json`` in the run's directory.
 
     Args:
-        directory: the run's.
+        directory: The run's directory.
     """
 
     name = "curves"

@@ -107,14 +107,15 @@ class SinkThread:
 
     def _insist(self, act: Callable[[], T]) -> T:
         """Call ``act`` until it succeeds; raises _GivenUp."""
-        pause = FIRST_PAUSE_SECONDS
+        pause, failures = FIRST_PAUSE_SECONDS, 0
         while True:
             self._began = time.monotonic()
             try:
                 result = act()
             except Exception as error:  # of whatever kind: it is the sink's trouble and nobody else's
-                self._began, self.error = None, error
-                self.note_lag(str(error) or repr(error))
+                self._began, self.error, failures = None, error, failures + 1
+                if failures > 1 and not self._given_up.is_set():  # a single failure is not worth a line
+                    self.note_lag(str(error) or repr(error))
                 self._notify()
                 self._pause(pause)
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)

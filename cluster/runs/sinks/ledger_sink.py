@@ -14,13 +14,13 @@ TIMELINE = "timeline.png"
 
 
 class LedgerSink(StateSink):
-    """Keeps ``ledger.json`` in the run's directory, which every driver of the run goes on with.
+    """Keeps ``ledger.json`` in the run's directory; every driver of the run continues it.
 
     Args:
-        directory: the run's.
-        prices: what the figures are reckoned with.
-        tokens_per_step: of the global batch; a ledger that counts otherwise is begun anew.
-        tokens_per_unit: of a sequence.
+        directory: The run's directory.
+        prices: Prices for the figures.
+        tokens_per_step: Tokens of a global batch; a ledger with another number is started anew.
+        tokens_per_unit: Tokens of a sequence.
     """
 
     name = "ledger"
@@ -42,7 +42,7 @@ class LedgerSink(StateSink):
             self._ledger = ledger
 
     def figures(self) -> Figures:
-        """What the events so far come to."""
+        """The figures of all events so far."""
         with self.lock:
             return self._ledger.figures(self._prices)
 

@@ -13,7 +13,7 @@ class SamplesSink(Sink):
     """Writes one file a step and share, from a unit's number to where it lies; a repeated step writes the same again.
 
     Args:
-        directory: the run's.
+        directory: The run's directory.
     """
 
     name = "samples"

@@ -1,4 +1,4 @@
-"""The seam to which everything that follows a run's events plugs in."""
+"""The base classes of sinks, which follow a run's events."""
 
 import json
 import threading
@@ -22,9 +22,9 @@ class Sink(ABC):
     """
 
     name: ClassVar[str]
-    """What it is called in the journal's directory and in messages."""
+    """Name in the journal's directory and in messages."""
     close_seconds: ClassVar[float] = 60.0
-    """How long the end of a run waits for it."""
+    """Seconds that the end of a run waits for this sink."""
 
     def position(self, journal: Journal) -> int:
         """Number of the first event that it needs."""
