@@ -102,7 +102,7 @@ def train(recipe_path: str, notes_path: str) -> None:
                 notes.write(json.dumps(note | {"group": event.membership, "host": event.host}) + "\n")
         take(ledger, event)
 
-    Ledger.take = noting  # type: ignore[method-assign]
+    Ledger.take = noting  # type: ignore[method-assign, assignment]
     pretrain(from_dict(Recipe, yaml.safe_load(Path(recipe_path).read_text())))
 
 

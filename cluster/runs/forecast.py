@@ -77,13 +77,14 @@ def forecast(recipe: Recipe, devices: list[str], speeds: Speeds) -> list[tuple[s
         rows.append(("time", f"unknown before the first steps: no earlier run of this model on {name}"))
         return rows
     length, tokens = recipe.data.sequence_length, training.global_batch_size * recipe.data.sequence_length
-    step_seconds = max(count * length / speed for count, speed in zip(shares.counts, own, strict=True) if count)
+    step_seconds = max(count * length / speed for count, speed in zip(shares.counts, known, strict=True) if count)
     seconds = training.max_steps * step_seconds
     rate = tokens / step_seconds
     rows.append(("time", f"about {duration(seconds)} at {rate:,.0f} tokens/s, as earlier runs on these devices went"))
     prices = [recipe.ledger.price_per_hour(device) for device in devices]
-    if None not in prices:
-        cost = sum(prices) * seconds / 3600
+    given = [price for price in prices if price is not None]
+    if len(given) == len(prices):
+        cost = sum(given) * seconds / 3600
         rows.append(("cost", f"about {recipe.ledger.currency}{cost:,.2f}, electricity not counted"))
     else:
         unpriced = next(device for device, price in zip(devices, prices, strict=True) if price is None)

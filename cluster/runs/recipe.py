@@ -39,7 +39,7 @@ class TrainingRecipe:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more computation."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "max_steps", "global_batch_size", "micro_batch_size", "eval_steps", "save_steps", "save_total_limit",
             "logging_steps",

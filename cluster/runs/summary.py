@@ -12,6 +12,7 @@ from cluster.runs.recipe import Recipe
 from cluster.runs.run import Run
 from cluster.runs.run_events import FileWritten
 from cluster.workloads.training_events import MetricsMeasured
+from doge.common.errors import UserError
 from doge.common.storage import Storage
 from doge.reporting.tracking import show_command, tracking_uri
 
@@ -68,7 +69,12 @@ def summarise(recipe: Recipe, plan: "Plan", storage: Storage, run: Run) -> Summa
 
     run.console.say("Exporting the model and counting the baselines.")
     directory = run.directory
-    state, position = Checkpoints(directory / "checkpoints").latest()
+    found = Checkpoints(directory / "checkpoints").latest()
+    if found is None:
+        raise UserError(
+            f"{directory.path('checkpoints')} holds no whole checkpoint any more: run the same command again."
+        )
+    state, position = found
     tokenizer = plan.open_tokenizer(storage)
     model = export_model(state, recipe.model.build(), tokenizer, directory, "model")
     samples = list(zip(_PROMPTS, generate_samples(model, tokenizer, _PROMPTS), strict=True))
