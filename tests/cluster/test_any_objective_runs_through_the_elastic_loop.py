@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import ray.train
 import reconstruct_pairs
 import torch
 from nodes import wait_until
@@ -101,16 +103,20 @@ class Run:
             take_seat, SeatConfig(self.coordinator), seats, f"pairs-{time.time_ns()}", self.storage.path("ray_train")
         )
         self.conducted = self.coordinator.conduct.remote()
-        self.thread = threading.Thread(target=self.trainer.fit, daemon=True)
+        self.thread = threading.Thread(target=self.hold_seats, daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        ray.get(self.board.stop.remote("the test ends the run"))
-        ray.wait([self.conducted], timeout=60)
-        self.thread.join(60)
-        ray.kill(self.coordinator)
+        if self.thread.is_alive():  # as Ctrl-C does it
+            self.trainer._give_up()
+        ray.kill(self.coordinator)  # its hosts end with it
+        self.thread.join(30)
         self.lease.release()
+
+    def hold_seats(self) -> None:
+        with suppress(ray.train.TrainingFailedError, ray.exceptions.RayError):  # the run is ended
+            self.trainer.fit()
 
     def events(self, kind: type) -> list:
         return [event for event in ray.get(self.board.events.remote()) if isinstance(event, kind)]
