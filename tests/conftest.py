@@ -38,7 +38,8 @@ def ray_cluster():
     with tempfile.TemporaryDirectory(prefix="doge-ray-", dir="/tmp") as folder:  # short: Ray puts sockets below it
         command = [
             Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
-            f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats",
+            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}",
+            "--disable-usage-stats",
         ]  # fmt: skip
         with open(f"{folder}/head.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as head:
             try:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from nodes import wait_until
 from small_runs import losses, samples, small_recipe
 
 from cluster.runs.pretraining import Pretraining, pretrain
@@ -92,6 +93,19 @@ def test_an_empty_source_file_ends_the_run_with_its_name(ray_cluster, texts, tmp
         pretrain(small_recipe(tmp_path / "home", texts | {"prose": str(tmp_path / "empty.jsonl")}, **ONE_WORKER))
 
 
+def takes_jobs(dashboard: str) -> bool:
+    """Whether an agent for jobs has registered, which follows the head's start by some seconds."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(dashboard).submit_job(entrypoint="true")
+    except RuntimeError as error:
+        if "No available agent" in str(error):
+            return False
+        raise
+    return True
+
+
 def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     """With experts, bf16, ZeRO 2 and two workers, which nothing else runs end to end."""
     moe = {"preset": "Doge-MoE-20M", "num_experts": 32, "expert_retrieval_size": 16}
@@ -100,6 +114,7 @@ def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
     entry = ["--working-dir", ".", "--", sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
+    wait_until(lambda: takes_jobs(ray_cluster.dashboard), 60, "the head's agent for jobs")
     result = subprocess.run([*submit, *entry], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "succeeded" in result.stdout
@@ -108,4 +123,5 @@ def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     assert losses(recipe)[20] < losses(recipe)[1]
     assert sorted(losses(recipe, "experts/usage")) == [10, 20]
     assert 0 < losses(recipe, "experts/usage")[20] <= 1
-    assert "\x1b" not in result.stdout.split("Pretraining small")[1].split("MLflow")[0]  # plain lines in a job's log
+    log = result.stdout.split("Pretraining small")[1].split("MLflow")[0]
+    assert "\x1b" not in log, log  # plain lines in a job's log
