@@ -123,5 +123,6 @@ def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     assert losses(recipe)[20] < losses(recipe)[1]
     assert sorted(losses(recipe, "experts/usage")) == [10, 20]
     assert 0 < losses(recipe, "experts/usage")[20] <= 1
-    log = result.stdout.split("Pretraining small")[1].split("MLflow")[0]
-    assert "\x1b" not in log, log  # plain lines in a job's log
+    log = result.stdout.split("Pretraining small")[1].split("MLflow")[0].splitlines()
+    # Plain lines in a job's log; Ray adds its raylets' warnings in colour, as where many workers start at once.
+    assert not [line for line in log if "\x1b" in line and "(raylet)" not in line]
