@@ -39,7 +39,7 @@ def ray_cluster():
         command = [
             Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}",
-            "--disable-usage-stats",
+            "--disable-usage-stats", "--include-log-monitor=false",
         ]  # fmt: skip
         with open(f"{folder}/head.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as head:
             try:

@@ -60,13 +60,15 @@ class Coordinator:
 
     Args:
         name: of the run.
-        job: for the hosts.
+        job: a list of one reference to the hosts' `Job`, which is not opened here: to import what its settings are
+            made of takes longer than everything else that starts this process.
+        board: actor handle of the driver's `Board`.
         scaling: how many hosts there may be, and how patient to be.
     """
 
-    def __init__(self, name: str, job: Job, scaling: ScalingRecipe):
+    def __init__(self, name: str, job: list[Any], board: Any, scaling: ScalingRecipe):
         self.name = name
-        self._job, self._board = job, job.board
+        (self._job,), self._board = job, board
         self._known = Known(scaling)
         self._observed: asyncio.Queue[Observation] = asyncio.Queue()
         self._handles: dict[str, Any] = {}  # of the hosts that live, by name
@@ -221,5 +223,5 @@ def open_coordinator(name: str, job: Job, scaling: ScalingRecipe) -> Any:
             max_concurrency=1000,
             scheduling_strategy=here,
         )
-        .remote(name, job, scaling)
+        .remote(name, [ray.put(job)], job.board, scaling)
     )

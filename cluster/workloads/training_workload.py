@@ -101,6 +101,7 @@ class TrainingWorkload:
 
     def warm_up(self) -> None:
         warm_up(self.settings.phases[0].optimizer, self.settings.engine, self.device)
+        gc.freeze()  # the modules stay: to look through them takes most of a collection, and there is one a membership
 
     def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
         self._membership = membership.number

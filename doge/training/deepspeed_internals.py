@@ -5,7 +5,9 @@ Checked with DeepSpeed 0.19; `doge.training.state.train_state` reads and writes 
 
 import logging
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +91,24 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed for this device, without the shared-memory extension that it would compile for a minute on CPUs."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    import deepspeed.ops
+    with _hidden("mlflow"):  # its autotuner, which is not used here, would import it for a second
+        import deepspeed
+        import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Let an optional package that is not imported yet be absent for what is imported in the block."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # as Python's import system documents it
+    try:
+        yield
+    finally:
+        del sys.modules[package]

@@ -49,7 +49,7 @@ def add_node(address: str, resources: dict[str, float] | None = None, num_cpus: 
     command = [
         Path(sys.executable).parent / "ray", "start", "--block", f"--address={address}", f"--num-cpus={num_cpus:g}",
         f"--resources={json.dumps((resources or {}) | {mark: 1})}", "--object-store-memory=100000000",
-        "--disable-usage-stats",
+        "--disable-usage-stats", "--include-log-monitor=false",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"RAY_ADDRESS": ""}

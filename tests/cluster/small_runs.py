@@ -7,6 +7,8 @@ from cluster.runs.recipe import Recipe
 from doge.common.config_tree import from_dict
 from doge.common.storage import Storage
 
+STEPS = 80
+
 
 def hosts(run: str = "small") -> list[dict]:
     """All processes of a run that are ready to train."""
@@ -40,7 +42,7 @@ def small_recipe(storage: Path, texts: dict[str, str], **changes) -> Recipe:
         "lr_scheduler": {"warmup_steps": 5, "decay_steps": 10},
         "engine": {"precision": "fp32"},
         "training": {
-            "max_steps": 50, "global_batch_size": 8, "micro_batch_size": 2, "eval_steps": 20, "save_steps": 10,
+            "max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4, "eval_steps": 20, "save_steps": 10,
             "logging_steps": 10, "record_samples": True,
         },
         "scaling": {"num_workers": 2, "warm_spares": 0},  # half of what a short run costs is to start its processes

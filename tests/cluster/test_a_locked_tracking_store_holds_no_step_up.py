@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import losses, samples, small_recipe
+from small_runs import STEPS, losses, samples, small_recipe
 
 from cluster.runs.pretraining import pretrain
 
 
-def test_commits_are_made_while_the_store_is_locked(ray_cluster, texts, tmp_path, capsys):
-    recipe = small_recipe(tmp_path, texts, scaling={"num_workers": 1}, training={"max_steps": 60, "eval_steps": 30})
-    run = Path(recipe.storage, "runs/small")
+def test_commits_are_made_while_the_store_is_locked(ray_cluster, home, texts, capsys):
+    recipe = small_recipe(home, texts, name="locked-store", scaling={"num_workers": 1})
+    run = Path(recipe.storage, "runs/locked-store")
     committed: list[str] = []
 
     def newest_step() -> int:
@@ -27,7 +27,7 @@ def test_commits_are_made_while_the_store_is_locked(ray_cluster, texts, tmp_path
         store.execute("BEGIN EXCLUSIVE")
         committed.append(newest_step())
         deadline = time.monotonic() + 15
-        while newest_step() < 60 and time.monotonic() < deadline:
+        while newest_step() < STEPS and time.monotonic() < deadline:
             time.sleep(0.01)
         committed.append(newest_step())
         store.execute("ROLLBACK")
@@ -37,9 +37,9 @@ def test_commits_are_made_while_the_store_is_locked(ray_cluster, texts, tmp_path
     locker.start()
     summary = pretrain(recipe)
     locker.join(20)
-    assert committed[0] < committed[1] == 60
-    assert sorted(losses(recipe)) == list(range(1, 61))
-    assert losses(recipe, "held_out_loss")[60] == pytest.approx(summary.held_out_loss)
-    assert sorted(losses(recipe, "unigram_loss")) == sorted(losses(recipe, "ledger/steps")) == [60]
-    assert sorted(samples(recipe)) == list(range(60))
+    assert committed[0] < committed[1] == STEPS
+    assert sorted(losses(recipe)) == list(range(1, STEPS + 1))
+    assert losses(recipe, "held_out_loss")[STEPS] == pytest.approx(summary.held_out_loss)
+    assert sorted(losses(recipe, "unigram_loss")) == sorted(losses(recipe, "ledger/steps")) == [STEPS]
+    assert sorted(samples(recipe)) == list(range(STEPS))
     assert "has not got" not in capsys.readouterr().out

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import losses, members, samples, small_recipe
+from small_runs import STEPS, losses, members, samples, small_recipe
 
 from cluster.runs.pretraining import pretrain
 from doge.common.errors import UserError
@@ -46,8 +46,8 @@ def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster
     disturbance.join(30)
     out = capsys.readouterr().out
     assert f"a worker was lost (no answer for {HANG_SECONDS} seconds)" in out
-    assert sorted(losses(recipe)) == list(range(1, 51))
-    assert sorted(samples(recipe)) == list(range(50))
+    assert sorted(losses(recipe)) == list(range(1, STEPS + 1))
+    assert sorted(samples(recipe)) == list(range(STEPS))
     assert len(refusals) == 1
     assert "the training of hangs" in refusals[0]
 

@@ -39,6 +39,7 @@ def elsewhere(ray_cluster, hidden, tmp_path_factory):
     start = [
         Path(sys.executable).parent / "ray", "start", "--block", f"--address={ray_cluster.address}", "--num-cpus=2",
         "--resources={\"elsewhere\": 100}", "--disable-usage-stats",
+        "--include-log-monitor=false",
     ]  # fmt: skip
     mount = f'mount -t tmpfs none {hidden} && exec "$@"'
     environment = {**os.environ, "DOGE_CACHE": str(folder / "cache")}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import losses, members, samples, small_recipe
+from small_runs import STEPS, losses, members, samples, small_recipe
 
 from cluster.runs.pretraining import pretrain
 from doge.common.errors import UserError
@@ -30,7 +30,7 @@ def runs(one_worker, home, texts):
 def test_one_two_and_three_workers_train_on_the_same_samples(runs):
     recorded = {number: samples(recipe) for number, (recipe, _) in runs.items()}
     assert recorded[1] == recorded[2] == recorded[3]
-    assert sorted(recorded[1]) == list(range(50))
+    assert sorted(recorded[1]) == list(range(STEPS))
     for step, places in recorded[1].items():
         assert sorted(places) == list(range(8 * step, 8 * step + 8))
     everything = [place for places in recorded[1].values() for place in places.values()]
@@ -39,15 +39,15 @@ def test_one_two_and_three_workers_train_on_the_same_samples(runs):
 
 def test_one_two_and_three_workers_have_the_same_losses(runs):
     one, two, three = (losses(runs[number][0]) for number in (1, 2, 3))
-    assert sorted(one) == sorted(two) == sorted(three) == list(range(1, 51))
+    assert sorted(one) == sorted(two) == sorted(three) == list(range(1, STEPS + 1))
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=1e-3)
         assert three[step] == pytest.approx(loss, rel=1e-3)
-    assert one[50] < one[1] - 1
+    assert one[STEPS] < one[1] - 1
     held_out = [losses(runs[number][0], "held_out_loss") for number in (1, 2, 3)]
     for found in held_out:
         assert found == pytest.approx(held_out[0], rel=1e-3)
-        assert sorted(found) == [20, 40, 50]
+        assert sorted(found) == [20, 40, 60, 80]
 
 
 def test_a_killed_worker_changes_no_loss(runs, home, texts, capsys):
@@ -88,9 +88,9 @@ def test_the_exported_model_is_stock_transformers(runs):
 
 def test_the_summary_stands_beside_honest_baselines(runs):
     recipe, summary = runs[1]
-    assert summary.step == 50
-    assert summary.tokens_seen == 50 * 8 * 64
-    assert summary.held_out_loss == losses(recipe, "held_out_loss")[50]
+    assert summary.step == STEPS
+    assert summary.tokens_seen == STEPS * 8 * 64
+    assert summary.held_out_loss == losses(recipe, "held_out_loss")[STEPS]
     assert summary.bigram_loss < summary.unigram_loss
     assert len(summary.samples) == 3
     assert Path(summary.plot).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

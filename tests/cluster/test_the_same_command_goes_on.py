@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from nodes import wait_until
-from small_runs import losses, samples, small_recipe
+from small_runs import STEPS, losses, samples, small_recipe
 
 from cluster.runs.pretraining import Pretraining, pretrain
 from doge.common.config_tree import to_yaml
@@ -50,19 +50,18 @@ def test_a_checkpoint_leaves_the_stable_phase_earlier(one_worker, texts, tmp_pat
     """`--from` a checkpoint of the stable phase: the same next step, and another schedule."""
     recipe, _ = one_worker
     early = small_recipe(recipe.storage, texts, **ONE_WORKER | {"name": "early", "lr_scheduler": {"decay_steps": 2}})
-    pretrain(early, start_from=f"{recipe.storage}/runs/one-worker/checkpoints/step-00000040")
+    pretrain(early, start_from=f"{recipe.storage}/runs/one-worker/checkpoints/step-{STEPS - 10:08d}")
     before, after = losses(recipe), losses(early)
-    assert sorted(after) == list(range(41, 51))
-    assert after[41] == before[41]  # the loss before the first update that differs
-    assert losses(early, "learning_rate")[48] == pytest.approx(3e-3)
-    assert losses(recipe, "learning_rate")[48] < 3e-3
-    first = samples(early)[40]
-    assert first == samples(recipe)[40]
+    assert sorted(after) == list(range(STEPS - 9, STEPS + 1))
+    assert after[STEPS - 9] == before[STEPS - 9]  # the loss before the first update that differs
+    assert losses(early, "learning_rate")[STEPS - 2] == pytest.approx(3e-3)
+    assert losses(recipe, "learning_rate")[STEPS - 2] < 3e-3
+    assert samples(early)[STEPS - 10] == samples(recipe)[STEPS - 10]
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(one_worker, texts, tmp_path):
-    checkpoint = f"{one_worker[0].storage}/runs/one-worker/checkpoints/step-00000050"
-    other = small_recipe(tmp_path, texts, model={"num_hidden_layers": 3}, training={"max_steps": 60})
+    checkpoint = f"{one_worker[0].storage}/runs/one-worker/checkpoints/step-{STEPS:08d}"
+    other = small_recipe(tmp_path, texts, model={"num_hidden_layers": 3}, training={"max_steps": STEPS + 10})
     with pytest.raises(UserError, match=r"The checkpoint is of another model: .*layers\.2\..* is missing there"):
         pretrain(other, start_from=checkpoint)
     assert not list(Path(tmp_path).glob("plans/*"))
@@ -70,15 +69,15 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(one_wor
 
 def test_other_data_needs_the_tokenizer_that_the_weights_read_by(one_worker, texts, tmp_path):
     recipe = one_worker[0]
-    checkpoint = f"{recipe.storage}/runs/one-worker/checkpoints/step-00000050"
-    fewer = small_recipe(recipe.storage, {"code": texts["code"]}, name="other", training={"max_steps": 60})
+    checkpoint = f"{recipe.storage}/runs/one-worker/checkpoints/step-{STEPS:08d}"
+    fewer = small_recipe(recipe.storage, {"code": texts["code"]}, name="other", training={"max_steps": STEPS + 10})
     with pytest.raises(UserError, match=r"another tokenizer: set --tokenizer.path .*/tokenizers/trained-"):
         pretrain(fewer, start_from=checkpoint)
 
 
 def test_a_run_does_not_go_back(one_worker, texts):
     shorter = small_recipe(one_worker[0].storage, texts, name="one-worker", training={"max_steps": 25})
-    with pytest.raises(UserError, match="is at step 50 already"):
+    with pytest.raises(UserError, match=f"is at step {STEPS} already"):
         Pretraining(shorter, None).execute()
 
 
@@ -106,11 +105,11 @@ def takes_jobs(dashboard: str) -> bool:
     return True
 
 
-def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
+def test_ray_job_submit_runs_the_command(ray_cluster, home, texts, tmp_path):
     """With experts, bf16, ZeRO 2 and two workers, which nothing else runs end to end."""
     moe = {"preset": "Doge-MoE-20M", "num_experts": 32, "expert_retrieval_size": 16}
     engine = {"zero_stage": 2, "precision": "bf16"}
-    recipe = small_recipe(tmp_path / "home", texts, model=moe, engine=engine, training={"max_steps": 20})
+    recipe = small_recipe(home, texts, name="submitted", model=moe, engine=engine, training={"max_steps": 20})
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
     entry = ["--working-dir", ".", "--", sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
@@ -123,6 +122,6 @@ def test_ray_job_submit_runs_the_command(ray_cluster, texts, tmp_path):
     assert losses(recipe)[20] < losses(recipe)[1]
     assert sorted(losses(recipe, "experts/usage")) == [10, 20]
     assert 0 < losses(recipe, "experts/usage")[20] <= 1
-    log = result.stdout.split("Pretraining small")[1].split("MLflow")[0].splitlines()
+    log = result.stdout.split("Pretraining submitted")[1].split("MLflow")[0].splitlines()
     # Plain lines in a job's log; Ray adds its raylets' warnings in colour, as where many workers start at once.
     assert not [line for line in log if "\x1b" in line and "(raylet)" not in line]

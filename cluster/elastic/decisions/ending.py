@@ -85,7 +85,9 @@ def _judge(known: Known, phase: Running) -> Commands:
     if (rank_0 is not None and rank_0.kind == "finished") or kinds["stopped"]:
         yield from over(known)
         return
-    reached = max((outcome.step for outcome in outcomes), default=phase.first)
+    # A member that cannot tell its outcome has told its step before.
+    beats = [host.beat for host in phase.members if host.beat.membership == known.number]
+    reached = max(phase.first, *(told.step for told in [*outcomes, *beats]))
     progress = reached > known.reached
     known.reached = max(known.reached, reached)
     lost = [host for host in known.hosts.values() if host.lost]

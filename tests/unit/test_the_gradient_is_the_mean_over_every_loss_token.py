@@ -1,5 +1,6 @@
 """Promises 2 and 3 on real process groups: uneven shares give the single-process step, and state moves between all."""
 
+import gc
 import os
 from itertools import accumulate
 
@@ -9,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 
 from doge.model.configuration import ModelRecipe
 from doge.model.modeling import build_model
+from doge.training.deepspeed_internals import import_deepspeed
 from doge.training.engine import Engine, EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
@@ -86,6 +88,8 @@ def plain_run() -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
 def run_groups(rank: int, folder: str, groups: list[tuple[int, list[tuple[str, int, str, str | None]]]]) -> None:
     """One process, in each group in turn that is large enough to have it: (workers, what to run there)."""
     torch.set_num_threads(1)
+    import_deepspeed(torch.device("cpu"))
+    gc.freeze()  # an engine that is closed collects garbage, which need not be looked for in the modules
     for world_size, runs in groups:
         if rank < world_size:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

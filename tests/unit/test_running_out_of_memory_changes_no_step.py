@@ -9,6 +9,7 @@ import torch.multiprocessing as multiprocessing
 
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe
+from doge.training.deepspeed_internals import import_deepspeed
 from doge.training.engine import Engine, EngineRecipe
 from doge.training.memory import OutOfMemory
 from doge.training.next_token import NextTokenPrediction
@@ -94,6 +95,8 @@ def run(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    import_deepspeed(torch.device("cpu"))
+    gc.freeze()  # running out of memory collects garbage, which need not be looked for in the modules
     found = {}
     for stage, precision in STAGES:
         found[stage, precision, "undisturbed"] = train(rank, stage, precision)
@@ -142,7 +145,10 @@ def alone(tmp_path_factory):
         recipe = EngineRecipe(stage, precision)
         return Engine(NextTokenPrediction(MODEL), OPTIMIZER, recipe, torch.device("cpu"))
 
+    import_deepspeed(torch.device("cpu"))
+    gc.freeze()
     yield build
+    gc.unfreeze()
     torch.distributed.destroy_process_group()
 
 

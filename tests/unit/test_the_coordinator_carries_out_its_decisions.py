@@ -1,0 +1,145 @@
+"""The coordinator's process around its decisions, with hosts that answer without a cluster."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.elastic import coordinator as coordinators
+from cluster.elastic.coordinator import Coordinator, host_failure
+from cluster.elastic.decisions.observations import HostFailed
+from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat
+from cluster.elastic.workload import Beat, Stage
+from cluster.machines.scaling import ScalingRecipe
+from doge.common.errors import UserError
+from doge.common.storage import StorageError
+
+FULL_DISK = HostFailed("", "OSError", "No space left on device")
+HANG = ScalingRecipe().hang_timeout_s
+
+
+class Method:
+    """Stands for an actor's method."""
+
+    def __init__(self, call: Callable[..., Coroutine]):
+        self._call = call
+
+    def remote(self, *arguments) -> asyncio.Future:
+        return asyncio.ensure_future(self._call(*arguments))
+
+
+class Actor:
+    """Stands for a handle: every coroutine of the subclass is called by ``.remote``."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return Method(value) if asyncio.iscoroutinefunction(value) else value
+
+
+class Board(Actor):
+    def __init__(self):
+        self.posts, self.reason = [], None
+
+    async def post(self, event: Any) -> None:
+        self.posts.append(event)
+
+    async def stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    async def stopped(self) -> str | None:
+        return self.reason
+
+
+class Host(Actor):
+    """One that finishes its first membership, or dies in it where ``dies``."""
+
+    def __init__(self, name: str, dies: bool):
+        self.name, self.dies, self.killed, self.given = name, dies, False, []
+
+    async def prepare(self, job: Any) -> HostInfo:
+        await asyncio.sleep(0.01)
+        return HostInfo(1, self.name[0], "127.0.0.1")
+
+    async def status(self) -> Beat:
+        return Beat(Stage.IDLE)
+
+    async def offer(self, copies: bool) -> Offer:
+        return Offer(5, ("a reference",) if copies else ())
+
+    async def address(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    async def leave(self) -> None:
+        pass
+
+    async def run(self, membership: Membership, rank: int, state: Any) -> Outcome:
+        self.given.append(state)
+        if self.dies:
+            raise ray.exceptions.RayActorError
+        return Outcome("broken" if membership.number == 1 else "finished", 6)
+
+
+@pytest.fixture
+def hosts(monkeypatch) -> list[Host]:
+    started: list[Host] = []
+
+    def start(name: str, node: str) -> Host:
+        started.append(Host(name, dies=name == "b-2"))
+        return started[-1]
+
+    monkeypatch.setattr(coordinators, "start_host", start)
+    monkeypatch.setattr(coordinators, "kill_host", lambda handle, *_: setattr(handle, "killed", True))
+    monkeypatch.setattr(coordinators, "draining_and_dead_nodes", lambda: (set(), set()))
+    monkeypatch.setattr(coordinators, "WATCH_SECONDS", 0.02)
+    return started
+
+
+def conduct(board: Board) -> Coordinator:
+    async def story() -> Coordinator:
+        coordinator = Coordinator("simulated", [None], board, ScalingRecipe(num_workers=2))
+        for rank, node in enumerate("ab"):
+            await coordinator.sit(Seat("group", rank, 2, node))
+        await coordinator.conduct()
+        await coordinator.over()
+        return coordinator
+
+    return asyncio.run(asyncio.wait_for(story(), 20))
+
+
+def test_a_run_whose_first_membership_loses_a_host_is_conducted_to_its_end(hosts):
+    board = Board()
+    conduct(board)
+    assert board.reason is None
+    assert [type(event).__name__ for event in board.posts].count("MembershipFormed") == 2
+    assert [each.given for each in hosts[:3]] == [[None, None], ["a reference"], ["a reference"]]
+    assert all(each.killed for each in hosts)
+
+
+def test_a_look_at_the_nodes_that_fails_ends_the_run_with_its_reason(hosts, monkeypatch):
+    def fail() -> None:
+        raise ConnectionError("the head is gone")
+
+    monkeypatch.setattr(coordinators, "draining_and_dead_nodes", fail)
+    board = Board()
+    with pytest.raises(ConnectionError):
+        conduct(board)
+    assert board.reason == "The coordinator of the run failed: ConnectionError('the head is gone')."
+    assert hosts
+    assert all(each.killed for each in hosts)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ray.exceptions.RayActorError(), {"died": True}),
+        (ray.exceptions.RayTaskError("prepare", "", OSError("No  space\nleft")), {"sentence": "No space left"}),
+        (ray.exceptions.RayTaskError("prepare", "", UserError("No coffee.")), {"user_error": True}),
+        (ray.exceptions.RayTaskError("prepare", "", StorageError("No answer.")), {"user_error": False}),
+        (ray.exceptions.ActorUnschedulableError("The node is gone."), {"died": False}),
+    ],
+)
+def test_what_a_failed_call_says_of_its_host(error, said):
+    failure = host_failure("a1", error)
+    assert {name: getattr(failure, name) for name in said} == said

@@ -1,0 +1,452 @@
+"""Single decisions of the coordinator, as tables: what it knows, what it observes, what it commands."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from cluster.elastic.decisions.commands import (
+    Abort,
+    AskForAddress,
+    AskForBeat,
+    AskForOffer,
+    AskToLeave,
+    Finish,
+    Flush,
+    KillHost,
+    LookAtNodes,
+    Post,
+    RunMember,
+    StartHost,
+    StopRun,
+)
+from cluster.elastic.decisions.decide import decide
+from cluster.elastic.decisions.ending import ABORT_SECONDS
+from cluster.elastic.decisions.forming import PAUSE_SECONDS
+from cluster.elastic.decisions.known import (
+    ANSWER_SECONDS,
+    WATCH_SECONDS,
+    Gathering,
+    HostRecord,
+    Known,
+    Over,
+    Pausing,
+    Questioning,
+    Running,
+)
+from cluster.elastic.decisions.observations import (
+    AddressGiven,
+    BeatHeard,
+    Flushed,
+    HostFailed,
+    HostPrepared,
+    MemberEnded,
+    NodesSeen,
+    Offered,
+    RunStopped,
+    SeatTaken,
+    Tick,
+)
+from cluster.elastic.decisions.staffing import hopeless, wanted
+from cluster.elastic.decisions.watching import BUILD_SECONDS, FLUSH_SECONDS, KILL_SECONDS, grace
+from cluster.elastic.events import HostLeft, Message
+from cluster.elastic.membership import HostInfo, Member, Membership, Outcome, Seat
+from cluster.elastic.workload import Beat, Stage
+from cluster.machines.scaling import ScalingRecipe
+
+FULL_DISK = HostFailed("", "OSError", "No space left on device")
+HANG = ScalingRecipe().hang_timeout_s
+
+
+def host(name: str, now: float = 100.0, **changes: Any) -> HostRecord:
+    """A host that is ready; its node is the first letter of its name."""
+    record = HostRecord(name, name[0], spare=False, started=now - 50, answered=now)
+    record.info = HostInfo(hash(name) % 1000, name[0], "127.0.0.1")
+    for key, value in changes.items():
+        setattr(record, key, value)
+    return record
+
+
+def known(*hosts: HostRecord, seats: str = "ab", **scaling: Any) -> Known:
+    """What is known of these hosts, with a seat on each of the nodes."""
+    state = Known(ScalingRecipe(**{"num_workers": (1, 2), "warm_spares": 0} | scaling), now=100.0, ticked=99.5)
+    state.seats = tuple(Seat("group", rank, len(seats), node) for rank, node in enumerate(seats))
+    state.hosts = {each.name: each for each in hosts}
+    state.looks = 1  # one is under way
+    return state
+
+
+def running(*members: HostRecord, others: tuple[HostRecord, ...] = (), seats: str = "ab", **scaling: Any) -> Known:
+    """What is known while a membership of these hosts steps."""
+    state = known(*members, *others, seats=seats, **scaling)
+    ranks = tuple(Member(member.name, member.node, member.node) for member in members)
+    membership = Membership(1, ranks, ("127.0.0.1", 1), members[0].name)
+    state.number, state.holder = 1, members[0]
+    state.phase = Running(membership, list(members), 0, pending=list(members), at_work=True)
+    for member in members:
+        member.used = member.busy = True
+        member.beat = Beat(Stage.STEPPING, membership=1)
+    return state
+
+
+def says(commands: list, text: str) -> bool:
+    return any(isinstance(c, Post) and isinstance(c.event, Message) and text in c.event.text for c in commands)
+
+
+def of(kind: type, commands: list) -> list:
+    return [command for command in commands if isinstance(command, kind)]
+
+
+@pytest.mark.parametrize(
+    ("beat", "gpus", "seconds"),
+    [
+        (Beat(Stage.STEPPING, waiting=True), (), KILL_SECONDS),
+        (Beat(Stage.BUILDING, waiting=True), (), KILL_SECONDS),
+        (Beat(Stage.STEPPING, waiting=True, step_seconds=99.0), (), KILL_SECONDS),
+        (Beat(Stage.BUILDING), (), BUILD_SECONDS),
+        (Beat(Stage.STEPPING), (), HANG),
+        (Beat(Stage.STEPPING, step_seconds=100.0), (), 300.0),
+        (Beat(Stage.STEPPING), ("0",), KILL_SECONDS),
+        (Beat(Stage.STEPPING, step_seconds=10.0), ("0",), 30.0),
+        (Beat(Stage.BETWEEN), ("0",), HANG),
+        (Beat(Stage.JOINING), (), HANG),
+        (Beat(Stage.CLOSING), (), HANG),
+    ],
+)
+def test_how_long_a_member_may_take_to_end_a_membership_that_lost_another(beat, gpus, seconds):
+    member = host("a1", beat=beat, gpus=gpus)
+    assert grace(known(member), member) == seconds
+
+
+@pytest.mark.parametrize(
+    ("hosts", "seats", "chosen"),
+    [
+        ([host("a1"), host("b1")], "ab", ["a1", "b1"]),
+        ([host("a1"), host("a2"), host("b1")], "ab", ["a1", "b1"]),  # a spare waits
+        ([host("a1"), host("a2"), host("b1")], "aab", ["a1", "a2", "b1"]),
+        ([host("a1"), host("b1", lost=True)], "ab", ["a1"]),
+        ([host("a1"), host("b1", info=None)], "ab", ["a1"]),
+        ([host("a1"), host("b1", answered=100 - ANSWER_SECONDS)], "ab", ["a1"]),
+        ([host("a1"), host("b1", busy=True)], "ab", ["a1"]),
+        ([host("a1"), host("b1", ending=99.0)], "ab", ["a1"]),
+        ([host("a1"), host("c1")], "ab", ["a1"]),  # no seat is there
+        ([host("a1"), host("d1")], "ad", ["a1"]),  # d is leaving
+        ([host("a1", gpus=None), host("a2", gpus=())], "ab", ["a2"]),  # bound ones first
+        ([host("a1", gpus=("7",))], "ab", []),  # its GPUs are no seat's
+    ],
+)
+def test_for_every_seat_a_ready_host_that_answers_on_a_node_that_stays_is_wanted(hosts, seats, chosen):
+    state = known(*deepcopy(hosts), seats=seats)
+    state.leaving = frozenset("d")
+    assert [each.name for each in wanted(state)] == chosen
+
+
+def test_members_are_wanted_before_spares_even_if_they_are_busy_and_silent():
+    members = [host("a1"), host("b1", answered=0.0)]
+    state = running(*members, others=(host("b0"),))
+    assert wanted(state) == members
+
+
+@pytest.mark.parametrize(
+    ("left_out", "hosts", "num_workers", "reason"),
+    [
+        ("", "", (1, 2), ""),
+        ("b", "", (1, 2), ""),
+        ("ab", "", (1, 2), "disk"),
+        ("ab", "a", (1, 2), ""),
+        ("b", "a", 2, "disk"),
+        ("b", "ab", 2, ""),
+    ],
+)
+def test_a_run_is_hopeless_where_the_nodes_that_are_there_cannot_hold_its_fewest_workers(
+    left_out, hosts, num_workers, reason
+):
+    state = known(*(host(f"{node}1") for node in hosts), num_workers=num_workers)
+    state.left_out = dict.fromkeys(left_out, "disk")
+    assert hopeless(state) == reason
+
+
+@pytest.mark.parametrize(
+    ("beat", "stuck"),
+    [
+        (Beat(Stage.STEPPING, seconds=10 * HANG - 1), False),
+        (Beat(Stage.STEPPING, seconds=10 * HANG + 1), True),  # its first step: nobody knows how long one takes
+        (Beat(Stage.STEPPING, seconds=HANG - 1, step_seconds=1.0), False),
+        (Beat(Stage.STEPPING, seconds=HANG + 1, step_seconds=1.0), True),
+        (Beat(Stage.STEPPING, seconds=HANG + 1, step_seconds=10.0), False),  # within twenty steps' time
+        (Beat(Stage.STEPPING, seconds=201.0, step_seconds=10.0), True),
+        (Beat(Stage.STEPPING, seconds=1e6, waiting=True), False),  # another one is
+        (Beat(Stage.BETWEEN, seconds=1e6), False),
+        (Beat(Stage.BUILDING, seconds=1e6), False),
+    ],
+)
+def test_a_host_that_computes_without_end_is_lost(beat, stuck):
+    state = running(host("a1"), host("b1"))
+    commands = decide(state, BeatHeard("b1", beat), 100.1)
+    assert bool(of(KillHost, commands)) == stuck
+    assert state.hosts["b1"].reason == (f"no progress in a step for {beat.seconds:.0f} seconds" if stuck else "")
+
+
+def test_a_survivor_that_waited_for_a_lost_one_is_not_taken_for_stuck():
+    state = running(host("a1"), host("b1"))
+    decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.1)
+    assert not of(KillHost, decide(state, BeatHeard("a1", Beat(Stage.STEPPING, seconds=1000.0)), 100.2))
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "ticks", "lost"), [(HANG - 1, 2, False), (HANG + 1, 1, False), (HANG + 1, 2, True)]
+)
+def test_a_silent_host_is_lost_unless_nobody_listened(silent_s, ticks, lost):
+    """The first tick comes late, as where the coordinator's own machine was suspended: answers wait to be heard."""
+    state = running(host("a1"), host("b1", asked=True))
+    now = 100.0 + silent_s
+    for tick in range(ticks):
+        decide(state, BeatHeard("a1", Beat(Stage.STEPPING, membership=1)), now + tick / 2)
+        commands = decide(state, Tick(), now + tick / 2)
+    assert [command.host for command in of(KillHost, commands)] == (["b1"] if lost else [])
+
+
+def test_a_question_that_a_host_leaves_open_stays_the_only_one():
+    state = running(host("a1"), host("b1"))
+    assert of(AskForBeat, decide(state, Tick(), 100.5)) == [AskForBeat("a1"), AskForBeat("b1")]
+    decide(state, BeatHeard("a1", Beat(Stage.STEPPING)), 100.6)
+    assert of(AskForBeat, decide(state, Tick(), 101.0)) == [AskForBeat("a1")]
+
+
+def test_an_answer_that_comes_late_is_still_news():
+    state = running(host("a1"), host("b1"))
+    for tick in range(4):
+        decide(state, Tick(), 100.5 + tick / 2)
+    decide(state, BeatHeard("a1", Beat(Stage.STEPPING, seconds=7.0)), 102.2)
+    assert state.hosts["a1"].beat.seconds == 7.0
+    assert state.hosts["a1"].answered == 102.2
+
+
+def test_hosts_are_asked_before_they_are_counted_on_and_the_last_rank_0_offers_the_state():
+    state = known(host("a1"), host("b1"), host("c1"), seats="bc")
+    state.number, state.holder = 4, state.hosts["a1"]  # its seat is gone, it still has the state
+    assert of(AskForBeat, decide(state, Tick(), 100.1)) == [AskForBeat("a1"), AskForBeat("b1"), AskForBeat("c1")]
+    assert isinstance(state.phase, Questioning)
+    assert decide(state, BeatHeard("b1", Beat(Stage.IDLE, held=9)), 100.2) == []
+    commands = decide(state, BeatHeard("c1", Beat(Stage.IDLE)), 100.2)
+    assert commands == [AskForOffer("a1", copies=True)]
+    assert decide(state, Offered("a1", 7), 100.3) == [AskForAddress("b1")]
+    commands = decide(state, AddressGiven("b1", ("b", 1)), 100.4)
+    runs = of(RunMember, commands)
+    assert [(run.host, run.rank, run.given) for run in runs] == [("b1", 0, True), ("c1", 1, True)]
+    assert runs[0].membership.number == 5
+    assert runs[0].membership.source == "a1"
+    assert state.holder is state.hosts["b1"]
+
+
+def test_a_source_that_trains_on_is_rank_0_and_is_given_nothing():
+    state = known(host("a1"), host("b1", beat=Beat(Stage.IDLE, held=3)))
+    state.number = 4
+    decide(state, Tick(), 100.1)
+    for name in "a1", "b1":
+        commands = decide(state, BeatHeard(name, state.hosts[name].beat), 100.2)
+    assert commands == [AskForOffer("b1", copies=True)]
+    decide(state, Offered("b1", 3), 100.3)
+    commands = decide(state, AddressGiven("b1", ("b", 1)), 100.4)
+    assert [(run.host, run.given) for run in of(RunMember, commands)] == [("b1", False), ("a1", True)]
+
+
+def test_a_host_alone_offers_no_copies():
+    state = known(host("a1"), seats="a")
+    decide(state, Tick(), 100.1)
+    assert decide(state, BeatHeard("a1", Beat(Stage.IDLE)), 100.2) == [AskForOffer("a1", copies=False)]
+
+
+def test_a_host_that_dies_while_it_offers_forms_nothing():
+    state = known(host("a1"), host("b1"))
+    decide(state, Tick(), 100.1)
+    for name in "a1", "b1":
+        decide(state, BeatHeard(name, Beat(Stage.IDLE)), 100.2)
+    commands = decide(state, HostFailed("a1", "ActorDiedError", died=True), 100.3)
+    assert says(commands, "The workers could not meet: a worker was lost (its process died).")
+    assert state.phase == Pausing(100.3 + 2 * WATCH_SECONDS)
+    assert state.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "over", "failures", "says_so"),
+    [
+        ({"a1": Outcome("finished", 9), "b1": Outcome("finished", 9)}, True, 3, ""),
+        ({"a1": Outcome("finished", 9), "b1": None}, True, 3, ""),
+        ({"a1": None, "b1": Outcome("finished", 9)}, False, 0, "Step 10 was interrupted: a worker was lost (its proce"),
+        ({"a1": Outcome("stopped", 9), "b1": Outcome("broken", 9, "closed")}, True, 3, ""),
+        ({"a1": Outcome("left", 9), "b1": Outcome("left", 9)}, False, 3, ""),
+        ({"a1": Outcome("broken", 5, "closed"), "b1": None}, False, 4, "Step 6 was interrupted: a worker was lost ("),
+        ({"a1": Outcome("broken", 6, "closed"), "b1": None}, False, 0, "Step 7 was interrupted: a worker was lost ("),
+        ({"a1": Outcome("broken", 5, "closed"), "b1": Outcome("broken", 5, "other")}, False, 4, "interrupted: closed."),
+        ({"a1": Outcome("broken", 5, "closed"), "b1": Outcome("full", 5, "no memory")}, False, 4, ": no memory."),
+        ({"a1": Outcome("left", 5), "b1": Outcome("broken", 5, "closed")}, False, 4, "interrupted: closed."),
+    ],
+)
+def test_what_follows_from_the_end_of_a_membership(outcomes, over, failures, says_so):
+    """An outcome of None stands for a member that was lost."""
+    state = running(host("a1"), host("b1"))
+    state.failures, state.reached = 3, 5
+    commands = []
+    for name, outcome in outcomes.items():
+        said = MemberEnded(name, outcome) if outcome else HostFailed(name, "ActorDiedError", died=True)
+        commands += decide(state, said, 100.1)
+    assert isinstance(state.phase, Over) == over == bool(of(Finish, commands))
+    assert state.failures == failures
+    assert says(commands, says_so) if says_so else not says(commands, "")
+    assert not of(StopRun, commands)
+    assert state.reached == (5 if over else max(5, *(o.step for o in outcomes.values() if o)))
+
+
+def test_where_no_member_can_tell_its_outcome_the_steps_that_they_told_before_count():
+    state = running(host("a1"), host("b1"))
+    state.failures, state.reached = 3, 5
+    decide(state, BeatHeard("a1", Beat(Stage.STEPPING, membership=state.number, step=8)), 100.0)
+    decide(state, HostFailed("a1", "ActorDiedError", died=True), 100.1)
+    commands = decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.1)
+    assert says(commands, "Step 9 was interrupted: a worker was lost (its process died).")
+    assert (state.reached, state.failures) == (8, 0)
+
+
+def test_too_many_failures_in_a_row_end_the_run():
+    state = running(host("a1"), host("b1"), max_failures=2)
+    state.failures = 2
+    decide(state, MemberEnded("b1", Outcome("broken", 0, "closed.")), 100.1)
+    commands = decide(state, MemberEnded("a1", Outcome("broken", 0, "closed.")), 100.2)
+    reason = (
+        "The workers failed 3 times without making a new step (closed): run the same command to resume from the last "
+        "checkpoint."
+    )
+    assert of(StopRun, commands) == [StopRun(reason)]
+    assert commands[-1] == Finish()
+    assert decide(state, Tick(), 101.0) == []
+
+
+def test_members_of_a_broken_membership_are_told_after_a_second_and_once():
+    state = running(host("a1"), host("b1"))
+    decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.0)
+    assert not of(Abort, decide(state, Tick(), 100.0 + ABORT_SECONDS))
+    assert of(Abort, decide(state, Tick(), 100.1 + ABORT_SECONDS)) == [Abort("a1", 1)]
+    assert not of(Abort, decide(state, Tick(), 100.6 + ABORT_SECONDS))
+
+
+def test_members_leave_once_where_enough_others_should_train():
+    state = running(host("a1"), host("b1"), others=(host("c1"),), num_workers=2)
+    for rank, node in enumerate("az"):  # a host for the seat on z has yet to start
+        assert not of(AskToLeave, decide(state, SeatTaken(Seat("new", rank, 2, node)), 100.1))
+    for rank, node in enumerate("ac"):
+        commands = decide(state, SeatTaken(Seat("newer", rank, 2, node)), 100.2)
+    assert of(AskToLeave, commands) == [AskToLeave("a1"), AskToLeave("b1")]
+    assert not of(AskToLeave, decide(state, Tick(), 100.5))
+
+
+def test_hosts_of_a_node_that_will_go_leave_and_none_starts_there():
+    state = running(host("a1"), host("b1"), warm_spares=1)
+    commands = decide(state, NodesSeen(100.0, draining=frozenset("bz")), 100.1)
+    assert of(AskToLeave, commands) == [AskToLeave("a1"), AskToLeave("b1")]
+    assert says(commands, "1 node will go soon; the workers there leave first.")
+    assert {start.node for start in of(StartHost, commands)} == {"a"}  # the spare
+
+
+def test_spares_start_only_where_the_hosts_of_all_seats_are_at_work():
+    state = running(host("a1"), host("b1"), seats="abb", warm_spares=1)
+    assert [start.node for start in of(StartHost, decide(state, Tick(), 100.1))] == ["a", "b"]
+    assert [each.spare for each in state.hosts.values()][2:] == [True, False]
+    state = running(host("a1"), host("b1"), warm_spares=1)
+    state.phase.at_work, state.hosts["b1"].beat = False, Beat(Stage.BUILDING, membership=1)
+    assert not of(StartHost, decide(state, BeatHeard("a1", Beat(Stage.STEPPING, membership=1)), 100.2))
+    assert not of(StartHost, decide(state, Tick(), 100.3))
+    assert of(StartHost, decide(state, BeatHeard("b1", Beat(Stage.BETWEEN, membership=1)), 100.4))
+
+
+def test_hosts_without_a_seat_end_once_the_members_have_the_state_and_theirs_is_written():
+    state = running(host("a1"), host("b1"), others=(host("c1", used=True),))
+    state.phase.at_work = False
+    assert of(Flush, decide(state, BeatHeard("a1", Beat(Stage.STEPPING, membership=1)), 100.1)) == [Flush("c1")]
+    commands = decide(state, Flushed("c1"), 105.0)
+    assert commands[:2] == [Post(HostLeft("c1", 105.0)), KillHost("c1", "c", None)]
+    assert state.to_replace == 0
+    assert "c1" not in state.hosts
+
+
+def test_a_host_that_cannot_write_what_it_has_is_ended_all_the_same():
+    state = running(host("a1"), host("b1"), others=(host("c1", ending=100.0, answered=100.0),))
+    assert not of(KillHost, decide(state, Tick(), 100.0 + HANG))
+    for name in "a1", "b1", "c1":
+        decide(state, BeatHeard(name, Beat(Stage.STEPPING, membership=1)), 100.0 + FLUSH_SECONDS)
+    commands = decide(state, Tick(), 100.5 + FLUSH_SECONDS)
+    assert of(KillHost, commands) == [KillHost("c1", "c", None)]
+
+
+@pytest.mark.parametrize(
+    ("failed", "stops"),
+    [
+        (HostFailed("b1", "UserError", "There is no coffee.", user_error=True), True),
+        (HostFailed("b1", "StorageError", "The storage does not answer."), False),
+        (HostFailed("b1", "ActorDiedError", died=True), False),
+    ],
+)
+def test_what_every_host_would_fail_with_ends_the_run_and_what_may_pass_does_not(failed, stops):
+    state = known(host("a1"), host("b1"))
+    commands = decide(state, failed, 100.1)
+    assert of(StopRun, commands) == ([StopRun("There is no coffee.")] if stops else [])
+    assert bool(of(Finish, commands)) == stops
+    assert of(KillHost, commands)
+
+
+@pytest.mark.parametrize("phase", [Gathering(), Pausing(1e9)])
+def test_a_run_that_somebody_else_stops_is_over_at_once_where_nobody_trains(phase):
+    state = known(host("a1"))
+    state.phase = phase
+    assert decide(state, RunStopped(), 100.1) == [Finish()]
+
+
+def test_a_run_that_somebody_else_stops_lets_its_members_end_it():
+    state = running(host("a1"), host("b1"))
+    assert decide(state, RunStopped(), 100.1) == []
+    decide(state, MemberEnded("a1", Outcome("stopped", 3)), 100.2)
+    assert decide(state, MemberEnded("b1", Outcome("stopped", 3)), 100.2) == [Finish()]
+
+
+@pytest.mark.parametrize("error", ["OSError", "StorageError"])
+def test_a_node_is_left_out_when_too_many_starts_failed_and_looking_at_it_brought_no_news(error):
+    state = known(host("a1", info=None), max_failures=2)
+    state.looks, now = 0, 100.0
+    for attempt in range(1, 4):
+        (start,) = of(StartHost, decide(state, Tick(), now))
+        failed = HostFailed(start.host, error, "No space left on device")
+        commands = decide(state, failed, now + 0.1)
+        assert of(LookAtNodes, commands) == [LookAtNodes(now + 0.1)]
+        assert not says(decide(state, NodesSeen(now), now + 0.2), "No worker")  # asked before it failed
+        commands = decide(state, NodesSeen(now + 0.1), now + 0.2)
+        text = f"No worker can start on node b, which is left out: {error}: No space left on device."
+        assert says(commands, text) == (attempt == 3)
+        decide(state, BeatHeard("a1", Beat(Stage.IDLE)), now + 0.2)
+        assert not of(StartHost, decide(state, Tick(), now + WATCH_SECONDS * attempt))
+        now += 0.11 + WATCH_SECONDS * attempt
+    assert not of(StartHost, decide(state, Tick(), now))
+
+
+def test_pauses_between_attempts_to_form_grow_to_half_a_minute():
+    state, pauses = known(host("a1"), seats="a", max_failures=-1), []
+    now = 100.0
+    for _ in range(9):
+        decide(state, BeatHeard("a1", Beat(Stage.IDLE)), now)
+        decide(state, BeatHeard("a1", Beat(Stage.IDLE)), now)
+        decide(state, Offered("a1", trouble="No."), now)
+        decide(state, AddressGiven("a1", ("a", 1)), now)
+        pauses.append(state.phase.until - now)
+        now = state.phase.until
+        decide(state, Tick(), now)
+    assert pauses == [1, 2, 4, 8, 16, *[PAUSE_SECONDS] * 4]
+
+
+def test_what_a_lost_host_says_is_ignored():
+    state = running(host("a1"), host("b1"))
+    decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.1)
+    for late in (
+        MemberEnded("b1", Outcome("finished", 9)),
+        HostFailed("b1", "ActorDiedError", died=True),
+        HostPrepared("c9", HostInfo(1, "c", "")),
+    ):
+        assert decide(state, late, 100.2) == []
