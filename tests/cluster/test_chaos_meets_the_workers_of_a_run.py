@@ -124,21 +124,18 @@ def test_the_command_does_what_it_prints(ray_cluster):
         assert not is_stopped(rank_1)
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_ended_command_leaves_nothing_stopped(ray_cluster, end):
-    with (
-        a_run() as run,
-        command(
-            "--run", run.name, "--address", ray_cluster.address, "--at", "0", "pause", "--pause-seconds", "100"
-        ) as process,
-    ):
-        wait_for_line(process, "pause")
-        assert sum(map(is_stopped, run.pids)) == 1
-        process.send_signal(end)
-        status = process.wait(60)
-        assert status == 130 or end != signal.SIGINT
-        seconds = wait_until(lambda: not any(map(is_stopped, run.pids)), 30, "the worker to go on")
-        print(f"{end.name}: the worker went on {seconds:.2f} s after the command had ended")
+def test_an_ended_command_leaves_nothing_stopped(ray_cluster):
+    with a_run() as run:
+        pause = ["--run", run.name, "--address", ray_cluster.address, "--at", "0", "pause", "--pause-seconds", "100"]
+        for end in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with command(*pause) as process:
+                wait_for_line(process, "pause")
+                assert sum(map(is_stopped, run.pids)) == 1
+                process.send_signal(end)
+                status = process.wait(60)
+                assert status == 130 or end != signal.SIGINT
+                seconds = wait_until(lambda: not any(map(is_stopped, run.pids)), 30, "the worker to go on")
+                print(f"{end.name}: the worker went on {seconds:.2f} s after the command had ended")
 
 
 def test_a_node_with_workers_is_killed_and_no_other(ray_cluster):

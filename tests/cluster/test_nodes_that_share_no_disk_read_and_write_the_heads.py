@@ -56,7 +56,12 @@ def elsewhere(ray_cluster, hidden, tmp_path_factory):
                 time.sleep(0.1)
             yield {"num_cpus": 0, "resources": {"elsewhere": 1}}
         finally:
-            for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+            processes = psutil.Process(node.pid).children(recursive=True)
+            raylets = [process for process in processes if process.name() == "raylet"]
+            for raylet in raylets:
+                raylet.terminate()  # it takes its leave, and need not be found missing
+            psutil.wait_procs(raylets, 10)
+            for process in [*processes, node]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             while "elsewhere" in ray.cluster_resources():  # no later test shall count on this node

@@ -54,8 +54,8 @@ def refuse(config: dict) -> None:
     raise UserError("There is no coffee: bring some.")
 
 
-def trainer(function: Callable, path, hall=None, **seats) -> SeatTrainer:
-    return SeatTrainer(function, {"hall": hall}, SeatRequest(SEAT, **seats), f"seats-{time.time_ns()}", str(path))
+def trainer(function: Callable, path, hall=None, resources=SEAT, **seats) -> SeatTrainer:
+    return SeatTrainer(function, {"hall": hall}, SeatRequest(resources, **seats), f"seats-{time.time_ns()}", str(path))
 
 
 @contextmanager
@@ -119,7 +119,6 @@ def test_a_run_without_room_for_its_fewest_workers_says_so(ray_cluster, tmp_path
         trainer(sit, tmp_path, min_workers=2, wait_timeout_s=1).fit()
 
 
-def test_a_sentence_that_a_seat_raises_ends_the_run(node, tmp_path):
-    node()
+def test_a_sentence_that_a_seat_raises_ends_the_run(ray_cluster, tmp_path):
     with pytest.raises(UserError, match=r"^There is no coffee: bring some\.$"):
-        trainer(refuse, tmp_path).fit()
+        trainer(refuse, tmp_path, resources={"CPU": 1}).fit()

@@ -1,6 +1,7 @@
 """Everything dies and the same command goes on; jobs are submitted; checkpoints begin other runs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ ONE_WORKER = {"scaling": {"num_workers": 1}}
 
 def test_a_killed_driver_and_half_made_shards_change_no_sample(one_worker, ray_cluster, texts, tmp_path):
     """The driver is killed once a checkpoint is there, half the shards are taken away, and the command is repeated."""
+    shutil.copytree(Path(one_worker[0].storage, "tokenizers"), tmp_path / "home/tokenizers")
     recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     command = [sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
