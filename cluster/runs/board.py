@@ -1,6 +1,6 @@
 """The board: an actor through which hosts tell the driver what happens and learn that the run is over.
 
-It lives on the driver's node and ends with the driver. Events that are posted before `settle` is called are in the
+It lives on the driver's node and ends with the run. Events that are posted before `settle` is called are in the
 driver's journal when it returns, so that a checkpoint never gets ahead of the run's record.
 """
 
@@ -89,6 +89,12 @@ class BoardActor:
     def stopped(self) -> str | None:
         reason: str | None = self._answer(self.handle.stopped.remote())
         return reason
+
+    def close(self) -> None:
+        """End the actor."""
+        import ray
+
+        ray.kill(self.handle)
 
     def _answer(self, reference: Any) -> Any:
         import ray

@@ -167,6 +167,8 @@ class Run:
             if reason := board.stopped():
                 raise UserError(reason)
         finally:
+            self._board = None
+            board.close()
             with suppress(UserError):  # a journal that cannot be written is a reason of its own
                 self.post(WorkEnded(time.monotonic()))
 

@@ -42,18 +42,18 @@ class Misfortune(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.wait_for_step_of(2, at_least=self.seeded.randrange(11, 16))
+            self.wait_for_steps_of(2, at_least=self.seeded.randrange(11, 16))
             self.kill_rank(1)
             self.let_them_be_two()
             self.kill_rank(0)
             self.let_them_be_two()
             self.nodes.pop(self.seeded.randrange(2)).kill()
-            self.wait_for_step_of(1)
+            self.wait_for_steps_of(1)
             with self.held_training():
                 arrived = add_node(self.address, {"seat": 1})
                 self.nodes.append(arrived)
                 self.wait_for_hosts_of(2)
-            self.wait_for_step_of(2)
+            self.wait_for_steps_of(2)
             with self.held_training():  # its steps take milliseconds
                 arrived.drain(deadline_s=60)
                 wait_until(lambda: any(host["leaving"] for host in hosts(self.recipe.name)), PATIENCE, "the notice")
@@ -62,10 +62,10 @@ class Misfortune(threading.Thread):
 
     def let_them_be_two(self) -> None:
         """Hold the training, once it goes on with one worker, until another could take part; and wait until it does."""
-        self.wait_for_step_of(1)
+        self.wait_for_steps_of(1)
         with self.held_training():
             self.wait_for_hosts_of(2)
-        self.wait_for_step_of(2)
+        self.wait_for_steps_of(2)
         time.sleep(self.seeded.uniform(0, 0.1))
 
     def wait_for_hosts_of(self, nodes: int) -> None:
@@ -76,8 +76,11 @@ class Misfortune(threading.Thread):
 
         wait_until(lambda: ready() == nodes, PATIENCE, "a process that could take part")
 
-    def wait_for_step_of(self, workers: int, at_least: int = 0) -> None:
-        """Wait for a step that none was made of before, by so many workers: each of them records its samples."""
+    def wait_for_steps_of(self, workers: int, at_least: int = 0) -> None:
+        """Wait for steps that were never made before, by so many workers: each of them records its samples.
+
+        The first one may be half a record of the last step before a loss.
+        """
         folder = Path(self.recipe.storage, "runs", self.recipe.name, "samples")
 
         def steps() -> dict[int, int]:
@@ -85,8 +88,8 @@ class Misfortune(threading.Thread):
 
         last = max([*steps(), at_least - 1])
         wait_until(
-            lambda: any(step > last and shares == workers for step, shares in steps().items()), PATIENCE,
-            f"a step of {workers} after step {last}",
+            lambda: sum(step > last and shares == workers for step, shares in steps().items()) >= 2, PATIENCE,
+            f"two steps of {workers} after step {last}",
         )  # fmt: skip
 
     def kill_rank(self, rank: int) -> None:

@@ -86,8 +86,8 @@ def _judge(known: Known, phase: Running) -> Commands:
         yield from over(known)
         return
     # A member that cannot tell its outcome has told its step before.
-    beats = [host.beat for host in phase.members if host.beat.membership == known.number]
-    reached = max(phase.first, *(told.step for told in [*outcomes, *beats]))
+    beats = [host.beat.step for host in phase.members if host.beat.membership == known.number]
+    reached = max([phase.first, *(outcome.step for outcome in outcomes), *beats])
     progress = reached > known.reached
     known.reached = max(known.reached, reached)
     lost = [host for host in known.hosts.values() if host.lost]
