@@ -16,6 +16,8 @@ from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
 
+pytestmark = pytest.mark.slow
+
 STEPS, LENGTH, VOCABULARY, DISTURBED = 4, 16, 64, 1
 OPTIMIZER = OptimizerRecipe(lr=5e-3, max_grad_norm=0.5)
 MODEL = ModelRecipe(

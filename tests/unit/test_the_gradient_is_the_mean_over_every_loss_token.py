@@ -18,6 +18,8 @@ from doge.training.optimizer import OptimizerRecipe
 from doge.training.process_group import leave
 from doge.training.state.train_state import TrainState
 
+pytestmark = pytest.mark.slow
+
 MIDDLE, STEPS, BATCH, LENGTH, VOCABULARY = 3, 13, 8, 16, 64
 OPTIMIZER = OptimizerRecipe(lr=5e-3, max_grad_norm=0.5)
 MODEL = ModelRecipe(
