@@ -34,7 +34,7 @@ def recipe(storage: str, name: str, steps: int, precision: str) -> Recipe:
         "lr_scheduler": {"warmup_steps": 2, "decay_steps": 2},
         "engine": {"precision": precision},
         "training": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "save_steps": 10**6},
-        "scaling": {"num_workers": 1},
+        "scaling": {"num_workers": 1, "warm_spares": 0},
     }
     return from_dict(Recipe, values)
 

@@ -15,15 +15,17 @@ from doge.common.network import free_address
 from doge.common.storage import StorageError
 
 # A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
-# for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread sleep while
-# it waits for the others of its step instead of taking the core that they need where the machine has other work too.
+# for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread look
+# for the others of its step for some tens of microseconds before it sleeps. Where the machine has other work too, the
+# milliseconds that are libgomp's own choice take the core that the others need: six times the step. To sleep at once
+# costs a tenth of the step or more where it has none.
 # The last ones leave GPUs to the seat that reserved them, and a broken NCCL group to the coordinator, instead of
 # ending the process.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
