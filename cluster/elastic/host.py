@@ -15,8 +15,8 @@ from doge.common.network import free_address
 from doge.common.storage import StorageError
 
 # A worker's step runs in a thread of its own, from whose arenas glibc returns large buffers to the kernel only to ask
-# for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread look
-# for the others of its step for some tens of microseconds before it sleeps. Where the machine has other work too, the
+# for them again, page by page: a fifth of a CPU step. The first three keep them. The fourth lets a thread look for the
+# others of its step for some tens of microseconds before it sleeps. Where the machine has other work too, the
 # milliseconds that are libgomp's own choice take the core that the others need: six times the step. To sleep at once
 # costs a tenth of the step or more where it has none.
 # The last ones leave GPUs to the seat that reserved them, and a broken NCCL group to the coordinator, instead of

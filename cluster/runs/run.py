@@ -167,10 +167,10 @@ class Run:
             if reason := board.stopped():
                 raise UserError(reason)
         finally:
-            self._board = None
-            board.close()
             with suppress(UserError):  # a journal that cannot be written is a reason of its own
                 self.post(WorkEnded(time.monotonic()))
+            self._board = None
+            board.close()
 
     def report(self, step: int) -> Figures:
         """Record the run's figures at ``step`` and its timeline, and return the figures."""
