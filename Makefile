@@ -8,8 +8,9 @@ VENV := .venv
 # Set up anew when the lock or the declared packages change.
 INSTALLED := $(VENV)/.installed
 ARGS ?=
-# A file's tests stay in one process, for what they share; the clusters' tests need the cores for themselves.
-UNIT := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/architecture tests/unit
+# A file's tests stay in one process, for what they share; the clusters' tests need the cores for themselves. Three
+# processes keep two cores busy, since some tests wait. The order of files is that of tests/conftest.py.
+UNIT := $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/architecture tests/unit
 
 .PHONY: pretrain lint check test lock clean
 

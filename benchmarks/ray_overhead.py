@@ -3,8 +3,10 @@
     python benchmarks/ray_overhead.py --runs 3 --steps 12
 
 Trains Doge-20M with one worker through the whole system, and the same sequences in a plain PyTorch loop with the same
-AdamW, clipping and fp32 master weights, by turns. Prints the median step of each and ends in one line of JSON with
-step_s_ours, step_s_plain and ratio.
+AdamW, clipping and fp32 master weights, by turns: once alone on the machine, and once beside a Ray that does nothing.
+On a CPU every process of Ray that wakes up takes a core from the step; the second loop shows how much of the difference
+that is. Prints the median step of each and ends in one line of JSON with step_s_ours, step_s_plain, step_s_beside_ray,
+ratio (ours to plain) and ratio_beside_ray (ours to the loop beside Ray).
 """
 
 import argparse
@@ -53,9 +55,20 @@ def ours(storage: str, name: str, steps: int, precision: str) -> list[float]:
 
 
 def plain(storage: str, name: str, steps: int, precision: str) -> list[float]:
-    """The same in a process of its own."""
+    """The same in a plain loop, in a process of its own."""
     command = [sys.executable, __file__, "--plain", storage, name, "--steps", str(steps), "--precision", precision]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def beside_ray(storage: str, name: str, steps: int, precision: str) -> list[float]:
+    """The plain loop on a machine with a Ray of its own, as a run starts it, without a task or an actor."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        return plain(storage, name, steps, precision)
+    finally:
+        ray.shutdown()
 
 
 def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[float]:
@@ -119,15 +132,18 @@ def main() -> None:
         storage, name = arguments.plain
         print(json.dumps(plain_loop(storage, name, arguments.steps, arguments.precision)))
         return
-    medians: dict[str, list[float]] = {"ours": [], "plain": []}
+    measured = {"ours": ours, "plain": plain, "beside Ray": beside_ray}
+    medians: dict[str, list[float]] = {label: [] for label in measured}
     with tempfile.TemporaryDirectory() as storage:
         for run in range(arguments.runs):
-            for label, measure in (("ours", ours), ("plain", plain)):
+            for label, measure in measured.items():
                 seconds = measure(storage, f"run-{run}", arguments.steps, arguments.precision)[WARM_UP_STEPS:]
                 medians[label].append(statistics.median(seconds))
-                print(f"{label:6} run {run + 1}: median step {medians[label][-1]:.3f} s", flush=True)
-    step_ours, step_plain = (statistics.median(medians[label]) for label in ("ours", "plain"))
-    print(json.dumps({"step_s_ours": step_ours, "step_s_plain": step_plain, "ratio": step_ours / step_plain}))
+                print(f"{label:10} run {run + 1}: median step {medians[label][-1]:.3f} s", flush=True)
+    step = {label: statistics.median(medians[label]) for label in measured}
+    figures = {f"step_s_{label.lower().replace(' ', '_')}": seconds for label, seconds in step.items()}
+    ratios = {"ratio": step["ours"] / step["plain"], "ratio_beside_ray": step["ours"] / step["beside Ray"]}
+    print(json.dumps(figures | ratios))
 
 
 if __name__ == "__main__":

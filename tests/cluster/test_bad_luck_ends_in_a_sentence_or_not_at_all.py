@@ -13,6 +13,10 @@ from cluster.runs.pretraining import pretrain
 from doge.common.errors import UserError
 
 HANG_SECONDS = 15  # three times what the second driver needs to see that the first one lives
+EXPERTS = {
+    "model": {"preset": "Doge-MoE-20M", "num_experts": 32, "expert_retrieval_size": 16},
+    "engine": {"zero_stage": 2, "precision": "bf16"},
+}
 
 
 def at_step(recipe, step: int, act) -> threading.Thread:
@@ -30,8 +34,12 @@ def at_step(recipe, step: int, act) -> threading.Thread:
 
 
 def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster, home, texts, capsys):
-    """The run stands still while its worker does, so that the second driver certainly meets it."""
-    recipe = small_recipe(home, texts, name="hangs", scaling={"warm_spares": 1, "hang_timeout_s": HANG_SECONDS})
+    """The run stands still while its worker does, so that the second driver certainly meets it.
+
+    With experts, bf16 and ZeRO 2, which nothing else runs end to end.
+    """
+    scaling = {"warm_spares": 1, "hang_timeout_s": HANG_SECONDS}
+    recipe = small_recipe(home, texts, name="hangs", scaling=scaling, **EXPERTS)
     refusals = []
 
     def disturb() -> None:
@@ -47,6 +55,9 @@ def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster
     out = capsys.readouterr().out
     assert f"a worker was lost (no answer for {HANG_SECONDS} seconds)" in out
     assert sorted(losses(recipe)) == list(range(1, STEPS + 1))
+    assert losses(recipe)[STEPS] < losses(recipe)[1]
+    assert sorted(losses(recipe, "experts/usage")) == list(range(10, STEPS + 1, 10))
+    assert 0 < losses(recipe, "experts/usage")[STEPS] <= 1
     assert sorted(samples(recipe)) == list(range(STEPS))
     assert len(refusals) == 1
     assert "the training of hangs" in refusals[0]

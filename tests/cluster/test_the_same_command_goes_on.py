@@ -1,4 +1,4 @@
-"""Everything dies and the same command goes on; jobs are submitted; checkpoints begin other runs."""
+"""Everything dies and the same command goes on, as a submitted job; checkpoints begin other runs."""
 
 import os
 import shutil
@@ -20,8 +20,21 @@ ROOT = Path(__file__).parents[2]
 ONE_WORKER = {"scaling": {"num_workers": 1}}
 
 
+def takes_jobs(dashboard: str) -> bool:
+    """Whether an agent for jobs has registered, which follows the head's start by some seconds."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(dashboard).submit_job(entrypoint="true")
+    except RuntimeError as error:
+        if "No available agent" in str(error):
+            return False
+        raise
+    return True
+
+
 def test_a_killed_driver_and_half_made_shards_change_no_sample(one_worker, ray_cluster, texts, tmp_path):
-    """The driver is killed once a checkpoint is there, half the shards are taken away, and the command is repeated."""
+    """The driver is killed once a checkpoint is there, half the shards are taken away, and the command is submitted."""
     shutil.copytree(Path(one_worker[0].storage, "tokenizers"), tmp_path / "home/tokenizers")
     recipe = small_recipe(tmp_path / "home", texts, **ONE_WORKER)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
@@ -41,9 +54,16 @@ def test_a_killed_driver_and_half_made_shards_change_no_sample(one_worker, ray_c
         record.unlink()
     assert not Path(recipe.storage, "runs/small/summary.json").exists()
 
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
+    wait_until(lambda: takes_jobs(ray_cluster.dashboard), 60, "the head's agent for jobs")
+    again = subprocess.run([*submit, "--working-dir", ".", "--", *command], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "succeeded" in again.stdout
+    assert "held-out loss" in again.stdout
     assert "from step 10" in again.stdout or "from step 20" in again.stdout
+    log = again.stdout.split("Pretraining small")[1].split("MLflow")[0].splitlines()
+    # Plain lines in a job's log; Ray adds its raylets' warnings in colour, as where many workers start at once.
+    assert not [line for line in log if "\x1b" in line and "(raylet)" not in line]
     assert samples(recipe) == samples(one_worker[0])
     assert losses(recipe) == losses(one_worker[0])
 
@@ -92,38 +112,3 @@ def test_an_empty_source_file_ends_the_run_with_its_name(ray_cluster, texts, tmp
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl"):
         pretrain(small_recipe(tmp_path / "home", texts | {"prose": str(tmp_path / "empty.jsonl")}, **ONE_WORKER))
-
-
-def takes_jobs(dashboard: str) -> bool:
-    """Whether an agent for jobs has registered, which follows the head's start by some seconds."""
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        JobSubmissionClient(dashboard).submit_job(entrypoint="true")
-    except RuntimeError as error:
-        if "No available agent" in str(error):
-            return False
-        raise
-    return True
-
-
-def test_ray_job_submit_runs_the_command(ray_cluster, home, texts, tmp_path):
-    """With experts, bf16, ZeRO 2 and two workers, which nothing else runs end to end."""
-    moe = {"preset": "Doge-MoE-20M", "num_experts": 32, "expert_retrieval_size": 16}
-    engine = {"zero_stage": 2, "precision": "bf16"}
-    recipe = small_recipe(home, texts, name="submitted", model=moe, engine=engine, training={"max_steps": 20})
-    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
-    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster.dashboard]
-    entry = ["--working-dir", ".", "--", sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "recipe.yaml")]
-    wait_until(lambda: takes_jobs(ray_cluster.dashboard), 60, "the head's agent for jobs")
-    result = subprocess.run([*submit, *entry], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "succeeded" in result.stdout
-    assert "held-out loss" in result.stdout
-    assert sorted(losses(recipe)) == list(range(1, 21))
-    assert losses(recipe)[20] < losses(recipe)[1]
-    assert sorted(losses(recipe, "experts/usage")) == [10, 20]
-    assert 0 < losses(recipe, "experts/usage")[20] <= 1
-    log = result.stdout.split("Pretraining submitted")[1].split("MLflow")[0].splitlines()
-    # Plain lines in a job's log; Ray adds its raylets' warnings in colour, as where many workers start at once.
-    assert not [line for line in log if "\x1b" in line and "(raylet)" not in line]
