@@ -3,7 +3,6 @@
 Nothing heavy is imported here: a seat must be there quickly.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,19 +11,12 @@ import ray.train
 from cluster.elastic.membership import Seat
 
 
-@dataclass(frozen=True)
-class SeatConfig:
-    """What a worker of Ray Train is sent.
+def take_seat(coordinator: Any) -> None:
+    """Hold a seat until the run is over. Ray Train calls this in every worker, anew after every change of its group.
 
     Args:
-        coordinator: actor handle.
+        coordinator: the actor's handle.
     """
-
-    coordinator: Any
-
-
-def take_seat(config: SeatConfig) -> None:
-    """Hold a seat until the run is over. Ray Train calls this in every worker, anew after every change of its group."""
     context, here = ray.train.get_context(), ray.get_runtime_context()
     seat = Seat(
         group=here.get_placement_group_id() or "",
@@ -33,5 +25,5 @@ def take_seat(config: SeatConfig) -> None:
         node=here.get_node_id(),
         gpus=tuple(map(str, here.get_accelerator_ids().get("GPU", []))),
     )
-    ray.get(config.coordinator.sit.remote(seat))
-    ray.get(config.coordinator.over.remote())
+    ray.get(coordinator.sit.remote(seat))
+    ray.get(coordinator.over.remote())

@@ -210,7 +210,7 @@ class SeatTrainer(DataParallelTrainer):
                     raise raised from None
             raise
         except KeyboardInterrupt:
-            self._give_up()
+            self.give_up()
             raise
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -227,7 +227,8 @@ class SeatTrainer(DataParallelTrainer):
         """Python's own handler stays: Ray Train's waits for a controller that may be waiting for room, and exits."""
         self._controller = controller
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Let the seats go, so that `fit` ends, as Ctrl-C does."""
         if self._controller is not None:
             try:
                 ray.get(self._controller.abort.remote(), timeout=5)

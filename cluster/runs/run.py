@@ -138,7 +138,7 @@ class Run:
         import ray.train
 
         from cluster.elastic.coordinator import open_coordinator
-        from cluster.elastic.seat import SeatConfig, take_seat
+        from cluster.elastic.seat import take_seat
         from cluster.elastic.seat_trainer import SeatTrainer
 
         assert self.journal is not None, "a run works while it is recorded"
@@ -147,7 +147,7 @@ class Run:
         job = make_job(board.handle)  # held until the end: what it shares lasts as long as it is referenced here
         coordinator = open_coordinator(name, job, self.config.scaling)
         attempt = f"{name}-{int(time.time())}"
-        trainer = SeatTrainer(take_seat, SeatConfig(coordinator), seats, attempt, storage.path("ray_train"))
+        trainer = SeatTrainer(take_seat, coordinator, seats, attempt, storage.path("ray_train"))
         over = threading.Event()
         helper = threading.Thread(target=beside, args=(board, over), daemon=True)
         try:

@@ -60,7 +60,7 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the further sums that `loss_sum` gives, in a fixed order."""
+        """Names of further means over the weight, in a fixed order; `loss_sum` gives their sums."""
 
     def build(self) -> torch.nn.Module:
         """A new model: fp32, on the CPU, with equal weights on every rank."""

@@ -20,7 +20,7 @@ from reconstruct_pairs import PairFeed, ReconstructPairs
 
 from cluster.elastic.coordinator import NAMESPACE, actor_name, open_coordinator
 from cluster.elastic.events import MembershipFormed
-from cluster.elastic.seat import SeatConfig, take_seat
+from cluster.elastic.seat import take_seat
 from cluster.elastic.seat_trainer import SeatTrainer
 from cluster.elastic.workload import Job
 from cluster.machines.connection import resolve_seats
@@ -100,7 +100,7 @@ class Run:
         self.coordinator = open_coordinator(self.name, job, self.scaling)
         seats, _ = resolve_seats(self.scaling)
         self.trainer = SeatTrainer(
-            take_seat, SeatConfig(self.coordinator), seats, f"pairs-{time.time_ns()}", self.storage.path("ray_train")
+            take_seat, self.coordinator, seats, f"pairs-{time.time_ns()}", self.storage.path("ray_train")
         )
         self.conducted = self.coordinator.conduct.remote()
         self.thread = threading.Thread(target=self.hold_seats, daemon=True)
@@ -109,7 +109,7 @@ class Run:
 
     def __exit__(self, *_) -> None:
         if self.thread.is_alive():  # as Ctrl-C does it
-            self.trainer._give_up()
+            self.trainer.give_up()
         ray.kill(self.coordinator)  # its hosts end with it
         self.thread.join(30)
         self.lease.release()
