@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -221,7 +222,9 @@ class SeatTrainer(DataParallelTrainer):
         return super()._initialize_and_run_controller(**arguments)
 
     def _create_default_callbacks(self) -> list[WorkerGroupCallback]:
-        return [HeldSeats()]  # the others set up what a seat does not use, or watch over what ends with the driver
+        # The others set up what a seat does not use. Without the cleaner, the seats of a controller that dies alone
+        # would stay reserved until the driver ends.
+        return [PlacementGroupCleanerCallback(), HeldSeats()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Python's own handler stays: Ray Train's waits for a controller that may be waiting for room, and exits."""
