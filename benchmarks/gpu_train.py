@@ -33,7 +33,8 @@ class Ours:
 
     def __init__(self, preset: str, device: torch.device, args: argparse.Namespace):
         from doge.model.configuration import ModelRecipe
-        from doge.training.engine import Engine, EngineRecipe
+        from doge.training.engine import Engine
+        from doge.training.engine_recipe import EngineRecipe
         from doge.training.micro_batch import probe_micro_batch
         from doge.training.next_token import NextTokenPrediction
         from doge.training.objective import TensorBatch
@@ -167,10 +168,9 @@ def main() -> None:
         raise SystemExit("This machine has no GPU that PyTorch can use: --device cpu tries the script without one.")
 
     from doge.common.hardware import device_name, peak_tflops
-    from doge.common.network import free_address
     from doge.training import process_group
 
-    process_group.join(0, 1, 0, free_address("127.0.0.1"), device)
+    process_group.be_alone(device)
     peak = peak_tflops(device)
     print(f"{device_name(device)}, peak {peak or math.nan:g} TFLOP/s in bf16, 1 x {args.sequence_length} a sequence")
     print(f"{'':14}{'params':>9}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'micro':>8}")

@@ -49,8 +49,7 @@ from cluster.elastic.membership import Offer, Seat
 from cluster.elastic.workload import Job
 from cluster.machines.nodes import draining_and_dead_nodes
 from cluster.machines.scaling import ScalingRecipe
-from doge.common.errors import UserError
-from doge.common.storage import StorageError
+from doge.common.errors import MachineError, UserError
 
 NAMESPACE = "doge"
 
@@ -139,8 +138,8 @@ class Coordinator:
                 kill_host(self._handles.pop(host), node, pid)
             case AskForBeat(host):
                 self._begin(self._ask(host, self._handles[host].status.remote(), BeatHeard))
-            case AskForOffer(host, copies):
-                self._begin(self._ask(host, self._handles[host].offer.remote(copies), self._keep_offer))
+            case AskForOffer(host, copy):
+                self._begin(self._ask(host, self._handles[host].offer.remote(copy), self._keep_offer))
             case AskForAddress(host):
                 self._begin(self._ask(host, self._handles[host].address.remote(), AddressGiven))
             case RunMember(host, membership, rank, given):
@@ -171,7 +170,7 @@ class Coordinator:
 
     def _keep_offer(self, host: str, offer: Offer) -> Offered:
         self._offered = offer.references[0] if offer.references else None
-        return Offered(host, offer.step, offer.trouble)
+        return Offered(host, offer.state, offer.trouble, copied=bool(offer.references))
 
     async def _flush(self, host: str, flushed: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -197,7 +196,7 @@ def host_failure(host: str, error: ray.exceptions.RayError) -> HostFailed:
         error=type(cause).__name__,
         sentence=" ".join(str(cause).split())[:300],
         died=isinstance(error, ray.exceptions.RayActorError),
-        user_error=isinstance(cause, UserError) and not isinstance(cause, StorageError),  # a storage may recover
+        user_error=isinstance(cause, UserError) and not isinstance(cause, MachineError),
     )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import ray
 
+from cluster.elastic.decisions.commands import Copy
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
-from cluster.elastic.workload import Beat, Job, SharedState, Workload
+from cluster.elastic.workload import Beat, Job, Workload
+from doge.common.machine import cores_id
 from doge.common.network import free_address
 from doge.common.storage import StorageError
 
@@ -52,25 +54,27 @@ class Host:
         workload = job.open(self.name, self._leave)
         self._workload = workload
         workload.warm_up()
-        return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address())
+        return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address(), cores_id())
 
     @ray.method(concurrency_group="loop")
-    def offer(self, copies: bool) -> Offer:
+    def offer(self, copy: Copy) -> Offer:
         """Offer the newest state that this host or the storage has.
 
         Args:
-            copies: whether the other members need a reference to it.
+            copy: whether the other members need a reference to it.
         """
+        known = self._prepared.beat().held
         try:
-            state = self._prepared.newest_state()
+            newest = self._prepared.newest_state()
         except StorageError as error:
             return Offer(trouble=str(error))
-        if state is None:
+        if newest is None:
             return Offer()
-        return Offer(state.step, (ray.put(state),) if copies else ())
+        needed = copy == "always" or (copy == "if new" and newest.id != known)
+        return Offer(newest.id, (ray.put(newest.share()),) if needed else ())
 
     @ray.method(concurrency_group="loop")
-    def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
+    def run(self, membership: Membership, rank: int, state: Any) -> Outcome:
         """Take part in ``membership`` as ``rank`` until it ends."""
         self._leave.clear()
         member = membership.members[rank]

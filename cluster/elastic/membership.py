@@ -28,6 +28,19 @@ class Seat:
     gpus: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, order=True)
+class StateId:
+    """What state it is: hosts whose states have one id hold equal ones.
+
+    Args:
+        step: steps made in it.
+        membership: number of the one in which its last step was made, or that took it up; 0 for one from the storage.
+    """
+
+    step: int
+    membership: int = 0
+
+
 @dataclass(frozen=True)
 class Member:
     """A host in a membership.
@@ -35,7 +48,7 @@ class Member:
     Args:
         host: its name.
         node: Ray's id of its node.
-        machine: host name of the machine, which several nodes may share.
+        machine: id of what its cores belong to, which several nodes may share.
         gpus: ids of the GPUs that it computes on.
     """
 
@@ -53,18 +66,17 @@ class Membership:
         number: of the membership in this call of the run.
         members: in the order of their ranks.
         address: host and port where rank 0 listens.
-        source: host that has the state to go on from; the others are given it.
+        start: the state to go on from, which its members hold or are given; None for a fresh start.
     """
 
     number: int
     members: tuple[Member, ...]
     address: tuple[str, int]
-    source: str
+    start: StateId | None = None
 
-    def local_rank(self, rank: int) -> tuple[int, int]:
-        """Return a member's rank among the members on its machine, and the number of those."""
-        machine = [place for place, member in enumerate(self.members) if member.machine == self.members[rank].machine]
-        return machine.index(rank), len(machine)
+    def sharing_cores(self, rank: int) -> int:
+        """The number of members that compute on the cores of the one with this rank, itself included."""
+        return sum(member.machine == self.members[rank].machine for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,14 @@ class Outcome:
     """How a membership ended for one of its hosts.
 
     Args:
-        kind: ``finished`` the run, ``left`` at an agreed step, ``broken`` by an error, ``full`` memory, or ``stopped``
-            for good.
+        kind: ``finished`` the run, ``left`` at an agreed step, ``broken`` by another's end, ``failed`` by an error of
+            this process, ``unable`` by trouble of its machine, ``full`` memory, or ``stopped`` for good.
         step: steps that were made when it ended.
         reason: the error in one line.
         seconds: of what came before the first step, by name.
     """
 
-    kind: Literal["finished", "left", "broken", "full", "stopped"]
+    kind: Literal["finished", "left", "broken", "failed", "unable", "full", "stopped"]
     step: int
     reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -87,11 +99,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class HostInfo:
-    """A host's process, as it describes itself once it is ready."""
+    """A host's process, as it describes itself once it is ready.
+
+    Args:
+        machine: host name, for people.
+        cores: id of the cores that it shares with the other hosts there.
+    """
 
     pid: int
     machine: str
     ip: str
+    cores: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,12 +117,12 @@ class Offer:
     """The newest state that a host or the storage has.
 
     Args:
-        step: steps made in it.
+        state: its id; None for a fresh start.
         references: one to the state in the object store, if it was asked for and there is a state.
         trouble: storage error; if set, ignore the other fields.
     """
 
-    step: int = 0
+    state: StateId | None = None
     references: tuple[Any, ...] = ()
     trouble: str = ""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from cluster.elastic.membership import Membership, Outcome
+from cluster.elastic.membership import Membership, Outcome, StateId
 from doge.common.lease import Claim
 from doge.common.storage import Storage
 
@@ -42,8 +42,9 @@ class Beat:
         waiting: whether it waits for other members right now.
         membership: number of the membership that it is or was last in.
         step: steps made.
+        progress: grows with whatever is done: every micro-batch, every piece that is exchanged, every look for data.
         step_seconds: how long its last step took.
-        held: step of the newest state that it holds; -1 for none.
+        held: id of the newest state that it holds.
     """
 
     stage: Stage = Stage.STARTING
@@ -53,15 +54,19 @@ class Beat:
     membership: int = 0
     step: int = 0
     step_seconds: float = 0.0
-    held: int = -1
+    progress: int = 0
+    held: StateId | None = None
 
 
-class SharedState(Protocol):
-    """A state on its way from one host to the others; what else it holds is the workload's."""
+class HeldState(Protocol):
+    """A state that a host holds."""
 
     @property
-    def step(self) -> int:
-        """Steps made in it."""
+    def id(self) -> StateId:
+        """Its id."""
+
+    def share(self) -> Any:
+        """The state on its way to other hosts; what is in it is the workload's."""
 
 
 class Workload(Protocol):
@@ -74,7 +79,7 @@ class Workload(Protocol):
     def warm_up(self) -> None:
         """Do slow first-time work before anyone waits for it."""
 
-    def newest_state(self) -> SharedState | None:
+    def newest_state(self) -> HeldState | None:
         """The newest state that this host holds or finds; None for a fresh start.
 
         Raises:
@@ -82,11 +87,11 @@ class Workload(Protocol):
             UserError: every host would fail alike: the run ends.
         """
 
-    def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
+    def run(self, membership: Membership, rank: int, state: Any) -> Outcome:
         """Do this rank's part until the membership ends; never raises.
 
         Args:
-            state: to start from; None where this host offered it, or for a fresh start.
+            state: to start from, as `HeldState.share` gave it; None where this host holds it, or for a fresh start.
         """
 
     def beat(self) -> Beat:

@@ -48,4 +48,5 @@ def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None 
         peak_tflops=recipe.tracking.peak_tflops,
         profile_steps=recipe.tracking.profile_steps,
         start_from=start_from,
+        on_nonfinite=training.on_nonfinite,
     )

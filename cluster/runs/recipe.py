@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.accounts.ledger import LedgerRecipe
 from cluster.machines.scaling import ScalingRecipe
@@ -11,7 +12,7 @@ from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe, num_parameters
 from doge.reporting.tracking import TrackingRecipe
 from doge.tokenizer.training import TokenizerRecipe
-from doge.training.engine import EngineRecipe
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
 
@@ -36,6 +37,9 @@ class TrainingRecipe:
     """Steps between two lines of a job's log, and between two expert statistics."""
     record_samples: bool = False
     """Record where each sequence of every step comes from, in runs/NAME/samples."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where a step gives no finite loss or gradient, twice: end the run, or leave its sequences out and
+    record that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more computation."""
 
@@ -128,8 +132,8 @@ class Recipe:
 _FREE = (
     "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
     "training.save_steps", "training.save_total_limit", "training.logging_steps", "training.record_samples",
-    "training.gradient_checkpointing", "lr_scheduler.decay_steps", "engine.", "scaling.", "tracking.", "ledger.",
-    "data.",
+    "training.gradient_checkpointing", "training.on_nonfinite", "lr_scheduler.decay_steps", "engine.", "scaling.",
+    "tracking.", "ledger.", "data.",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from data_pipelines.order.feed import FeedConfig
 from doge.common.storage import Storage
-from doge.training.engine import EngineRecipe
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.objective import Objective
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
@@ -78,6 +78,7 @@ class TrainingSettings:
         peak_tflops: a worker's peak, for the model FLOPs utilisation; None is looked up.
         profile_steps: steps that the first worker traces.
         start_from: checkpoint of another run to begin with.
+        on_nonfinite: what follows a step whose loss or gradient is no number, twice.
     """
 
     phases: tuple[Phase, ...]
@@ -94,6 +95,7 @@ class TrainingSettings:
     peak_tflops: float | None = None
     profile_steps: int = 0
     start_from: Storage | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @property
     def max_steps(self) -> int:

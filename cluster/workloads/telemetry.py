@@ -11,7 +11,8 @@ from cluster.workloads.training_events import MemberStarted, MetricsMeasured, Sa
 from data_pipelines.order.feed import Units
 from doge.common.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops
 from doge.model.experts import pop_expert_usage, track_expert_usage
-from doge.training.engine import Engine, StepResult
+from doge.training.engine import Engine
+from doge.training.step_result import StepResult
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Telemetry:
         self._energy = energy_joules(engine.device)
         track_expert_usage(engine.module)
 
-    def step(self, result: StepResult, lr_factor: float, seconds: float, waited: float, tokens_seen: int) -> None:
-        """Post the metrics of the step just made; only rank 0 does.
+    def step(self, result: StepResult, lr_factor: float, seconds: float, waited: float, tokens_seen: int) -> StepMade:
+        """The metrics of the step just made, which rank 0 posts.
 
         Args:
             seconds: that the step took.
@@ -71,10 +72,14 @@ class Telemetry:
         }
         if self._peak_tflops and phase.unit_flops:
             metrics["mfu"] = units_per_s * phase.unit_flops / (engine.world_size * self._peak_tflops * 1e12)
-        self._reporter.post(StepMade(engine.step_count, metrics | result.metrics))
+        made = StepMade(engine.step_count, metrics | result.metrics)
+        if engine.rank > 0:
+            return made
+        self._reporter.post(made)
         if engine.step_count % self._settings.logging_steps == 0 and (usage := pop_expert_usage(engine.module)):
             means = {f"experts/{key}": sum(layer[key] for layer in usage) / len(usage) for key in usage[0]}
             self._reporter.post(MetricsMeasured(engine.step_count, means))
+        return made
 
     def samples(self, step: int, own: range, units: Units) -> None:
         """Post where this rank's units of a step lie, if that is to be recorded."""

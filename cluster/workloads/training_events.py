@@ -25,6 +25,23 @@ class StepMade(MetricsMeasured):
 
 
 @dataclass(frozen=True)
+class StepSkipped(Event):
+    """A step that updated nothing, since its loss or gradient was no number twice.
+
+    Args:
+        step: 1-based, as in `StepMade`.
+        first: number of its first unit.
+        units: how many it had.
+        reason: what they gave.
+    """
+
+    step: int
+    first: int
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Evaluated(MetricsMeasured):
     """An evaluation on held-out units, such as ``held_out_loss``.
 

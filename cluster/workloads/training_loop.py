@@ -4,37 +4,40 @@ A membership steps in one phase. At a phase's end all members hand over the stat
 takes it up with the next phase's objective.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+
 from cluster.elastic.membership import Membership, Outcome
 from cluster.elastic.workload import Stage
+from cluster.workloads.careful_step import careful_step
+from cluster.workloads.held_state import Held, Replica
 from cluster.workloads.pace import Pace
 from cluster.workloads.phase import due_tasks
 from cluster.workloads.shares import Shares, fit_to_costs
 from cluster.workloads.telemetry import Telemetry
 from data_pipelines.order.feed import ReadAhead
-from doge.common.errors import UserError
 from doge.common.hardware import use_cores
 from doge.reporting.tracing import StepTrace
 from doge.training import process_group
-from doge.training.engine import Engine, StepResult
+from doge.training.communicator import CommunicationError, Communicator
+from doge.training.engine import Engine
 from doge.training.micro_batch import micro_batch_size
 from doge.training.micro_batch_cache import MicroBatchCache, micro_batch_circumstances
 from doge.training.objective import unit_seed
-from doge.training.state.checkpoint import Checkpoint
+from doge.training.state.run_position import RunPosition
+from doge.training.step_result import StepResult
 
 if TYPE_CHECKING:
     from cluster.workloads.training_workload import TrainingWorkload
 
 CPU_MICRO_BATCH = 8  # units; a CPU's memory is not probed
-FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends
 
 
 class TrainingLoop:
@@ -45,6 +48,7 @@ class TrainingLoop:
         self.world_size = len(membership.members)
         self.settings, self.feeds, self.post = workload.settings, workload.feeds, workload.reporter.post
         self._engine: Engine | None = None
+        self._group: Communicator | None = None
         self._abandoned = threading.Event()
         self._read_ahead: ReadAhead[Any] | None = None
 
@@ -61,53 +65,122 @@ class TrainingLoop:
         engine = self._engine
         return self.workload.stage is Stage.JOINING if engine is None else engine.waiting
 
+    @property
+    def abandoned(self) -> bool:
+        return self._abandoned.is_set()
+
+    @property
+    def progress(self) -> int:
+        """Grows with every micro-batch and every piece that is exchanged. Thread-safe."""
+        engine = self._engine
+        return 0 if engine is None else engine.progress
+
     def abandon(self) -> None:
         """Stop the current step after its micro-batch; its result is discarded. Thread-safe."""
         self._abandoned.set()
         if (engine := self._engine) is not None:
             engine.abandon()
+        if (group := self._group) is not None:
+            group.abort()
         if (read_ahead := self._read_ahead) is not None:
             read_ahead.stop()
         process_group.abort()
 
-    def enter(self, held: Checkpoint | None) -> None:
-        """Join the group and build the engine around the run's state; ``held`` is None for a fresh start."""
-        began, workload, membership, rank = time.monotonic(), self.workload, self.membership, self.rank
-        local_rank, local_size = membership.local_rank(rank)
-        use_cores(local_size)
-        process_group.join(rank, self.world_size, local_rank, membership.address, workload.device)
+    def enter(self) -> None:
+        """Join the group, and bring an engine to the state that the membership starts from."""
+        began, workload = time.monotonic(), self.workload
+        use_cores(self.membership.sharing_cores(self.rank))
+        group = self._group = Communicator(
+            self.rank, self.world_size, self.membership.address, workload.ip, workload.device, self._abandoned.is_set
+        )
+        # One worker that has to partition is enough; what is owed, rank 0 says.
+        common = torch.tensor([float(workload.partitions), float(self.rank == 0 and workload.owes)])
+        group.all_reduce(common)
+        partitions, self._owes = (number > 0 for number in common.tolist())
         joined = time.monotonic()
         workload.enter(Stage.BUILDING, "engine")
-        state, self.position = held or (None, workload.first_position())
-        self.phase = self.settings.phases[self.position.phase]
-        self.first_step, self.end_step = self.settings.bounds(self.position.phase)
-        self.objective = self.phase.objective
-        engine = Engine(self.objective, self.phase.optimizer, self.settings.engine, workload.device, state)
-        self._engine = engine
+        engine = self._engine = self._partitioned(group) if partitions else self._replica(group)
         if self._abandoned.is_set():
-            raise RuntimeError("The membership was abandoned.")
+            raise CommunicationError("The membership was abandoned.")
         self._cache = MicroBatchCache(workload.job.storage / "micro_batches")
         self.pace = self._first_pace()
-        self.telemetry = Telemetry(workload.reporter, self.settings, self.phase, engine, membership.number)
+        self.telemetry = Telemetry(workload.reporter, self.settings, self.phase, engine, self.membership.number)
         self.seconds = {"process group": joined - began, "engine and state": time.monotonic() - joined}
+
+    def _begin_at(self, position: RunPosition, step: int) -> None:
+        """Take up the phase of the update after ``step``, or the one before where something is owed there."""
+        if step == self.settings.bounds(position.phase)[1] and not self._owes:
+            position = self._next_phase(position)
+        self.position = position
+        self.phase = self.settings.phases[position.phase]
+        self.first_step, self.end_step = self.settings.bounds(position.phase)
+        self.objective = self.phase.objective
+
+    def _partitioned(self, group: Communicator) -> Engine:
+        """An engine of this membership alone, whose state is partitioned over its members."""
+        workload = self.workload
+        workload.release_replica()
+        state, position = workload.kept.checkpoint() if workload.kept else (None, workload.first_position())
+        self._begin_at(position, state.step if state else 0)
+        process_group.leave()
+        store = dist.HashStore() if group.store is None else dist.PrefixStore("deepspeed", group.store)
+        process_group.join(self.rank, self.world_size, store, workload.device)
+        return Engine(self.objective, self.phase.optimizer, self.settings.engine, workload.device, state)
+
+    def _replica(self, group: Communicator) -> Engine:
+        """An engine with the whole state: the one that this host has, if it fits."""
+        workload = self.workload
+        held = workload.held
+        self._begin_at(*(held.position, held.id.step) if held else (workload.first_position(), 0))
+        if workload.replica is not None and workload.replica.phase != self.position.phase:
+            workload.release_replica()
+        held, replica = workload.kept, workload.replica
+        if replica is None:
+            process_group.be_alone(workload.device)
+            state = held.checkpoint()[0] if held else None
+            engine = Engine(self.objective, self.phase.optimizer, self.settings.engine, workload.device, state, group)
+        else:
+            engine = replica.engine
+            engine.join(group)
+            if held is not None:
+                engine.load(held.checkpoint()[0])
+        last = replica.last if replica is not None and held is None else None
+        settled = engine.step_count - self._owes
+        number, phase = self.membership.number, self.position.phase
+        workload.replica = Replica(engine, self.position, number, phase, settled, last)
+        workload.kept = None
+        if self.rank == 0 and last is not None:  # whoever should have told of it may be gone
+            self.post(last)
+        return engine
 
     def close(self, broken: bool) -> None:
         """Let go of the engine and the group, so that others can be entered; a second call does nothing."""
-        if broken:
-            process_group.abort()
         engine, self._engine = self._engine, None
-        if engine is not None:
+        group, self._group = self._group, None
+        if broken and group is not None:
+            group.abort()
+        if engine is not None and engine.replicas is None:
+            if broken:
+                process_group.abort()
             engine.close()
-        process_group.leave()
+            process_group.leave()
+        elif engine is not None and engine.whole:
+            engine.leave()
+        elif engine is not None:  # an update broke off half made
+            self.workload.drop_replica()
+        if group is not None:
+            group.close()
 
     def run(self) -> Outcome:
         """Step until the phase's last step is made and handed over, or until a member wants to leave."""
-        settings, workload, phase, engine = self.settings, self.workload, self.phase, self.engine
+        workload, phase, engine = self.workload, self.phase, self.engine
         plan = self.pace.shares
         self._read(plan)
         own_seconds, made_by, work = 0.0, plan, [0.0] * self.world_size  # of the step before
         trace = self._trace()
         try:
+            if self._owes and (outcome := self._conclude(engine.step_count)) is not None:
+                return outcome
             for step in range(engine.step_count, self.end_step):
                 began = time.monotonic()
                 workload.enter(Stage.BETWEEN, "data", step)
@@ -120,41 +193,25 @@ class TrainingLoop:
                 factor = phase.lr_scheduler.factor(step - self.first_step, phase.steps)
                 batch = self.objective.prepare(engine.module, units, self.seeds(own))
                 news = [float(workload.leave.is_set()), own_seconds, float(workload.limit)]
-                result = engine.step(batch, shares.micro_batches[self.rank], factor, news)
-                self._check_finite(result, step)
-                self.position = replace(
-                    self.position,
-                    next_unit=first_unit + phase.units_per_step,
-                    tokens_seen=self.position.tokens_seen + phase.units_per_step * phase.unit_tokens,
-                )
-                ended = time.monotonic()
-                own_seconds = result.compute_seconds if len(own) else 0.0
-                workload.step_seconds = ended - began
-                if result.micro_batch_limit is not None:
-                    self.note_limit(result.micro_batch_limit)
                 self.telemetry.samples(step, own, units)
-                if self.rank == 0:
-                    self.telemetry.step(result, factor, ended - began, waited, self.position.tokens_seen)
-                spent = {"data": waited, "others": result.wait_seconds}
-                spent["step"] = ended - began - waited - result.wait_seconds
-                if not self.seconds.get("first step"):
-                    self.seconds["first step"] = ended - began
-                    self.telemetry.started(self.pace.shares.counts[self.rank], workload.limit, self.seconds)
+                result = careful_step(
+                    self, step, partial(engine.step, batch, shares.micro_batches[self.rank], factor, news)
+                )
+                self._advance()
+                ended = time.monotonic()
+                workload.step_seconds = ended - began
+                leaving, own_seconds = False, 0.0
+                if result is not None:
+                    own_seconds = result.compute_seconds if len(own) else 0.0
+                    if result.micro_batch_limit is not None:
+                        self.note_limit(result.micro_batch_limit)
+                    self._tell(result, factor, ended - began, waited, len(own))
+                    leaving = any(numbers[0] for numbers in result.gathered)
                 workload.checkpoints.check()
                 trace.step()
-                last, step_count = step + 1 == self.end_step, step + 1
-                leaving = any(numbers[0] for numbers in result.gathered)
-                self.telemetry.time_spent(spent, ended, len(own))
-                spent = {}
-                for task in due_tasks(phase.side_tasks, step_count, last):
-                    spent[task.kind] = self._timed(task.kind, partial(task.run, self))
-                if last or leaving or step_count % settings.save_steps == 0:
-                    spent["checkpoint"] = self._timed("commit", partial(self.commit, last))
-                if spent:
-                    self.telemetry.time_spent(spent)
-                if (leaving or last) and step_count < settings.max_steps:
-                    return Outcome("left", step_count, seconds=self.seconds)
-                changed = self._follow(result.gathered, made_by, work)
+                if (outcome := self._conclude(step + 1, leaving)) is not None:
+                    return outcome
+                changed = result is not None and self._follow(result.gathered, made_by, work)
                 made_by, work = plan, next_work
                 if changed:
                     plan = self.pace.shares
@@ -168,20 +225,69 @@ class TrainingLoop:
             workload.traced = workload.traced or trace.written
         return Outcome("finished", engine.step_count, seconds=self.seconds)
 
+    def _conclude(self, step_count: int, leaving: bool = False) -> Outcome | None:
+        """Do what is due after ``step_count`` updates; returns the outcome where the membership ends there."""
+        settings, workload, last = self.settings, self.workload, step_count == self.end_step
+        spent = {}
+        for task in due_tasks(self.phase.side_tasks, step_count, last):
+            spent[task.kind] = self._timed(task.kind, partial(task.run, self))
+        if last or leaving or step_count % settings.save_steps == 0:
+            spent["checkpoint"] = self._timed("commit", partial(self.commit, last))
+        if workload.replica is not None:
+            workload.replica.settled = step_count
+        if spent:
+            self.telemetry.time_spent(spent)
+        if (leaving or last) and step_count < settings.max_steps:
+            return Outcome("left", step_count, seconds=self.seconds)
+        return None
+
+    def _tell(self, result: StepResult, lr_factor: float, seconds: float, waited: float, units: int) -> None:
+        """Tell of a step that was just made."""
+        made = self.telemetry.step(result, lr_factor, seconds, waited, self.position.tokens_seen)
+        if self.workload.replica is not None:
+            self.workload.replica.last = made
+        if not self.seconds.get("first step"):
+            self.seconds["first step"] = seconds
+            self.telemetry.started(self.pace.shares.counts[self.rank], self.workload.limit, self.seconds)
+        spent = {"data": waited, "others": result.wait_seconds, "step": seconds - waited - result.wait_seconds}
+        self.telemetry.time_spent(spent, units=units)
+
+    def _advance(self) -> None:
+        """Note that a step's units are done with."""
+        phase, position = self.phase, self.position
+        self.position = replace(
+            position,
+            next_unit=position.next_unit + phase.units_per_step,
+            tokens_seen=position.tokens_seen + phase.units_per_step * phase.unit_tokens,
+        )
+        if self.workload.replica is not None:
+            self.workload.replica.position = self.position
+
     def seeds(self, units: range) -> Iterator[int]:
         """Seeds of the phase's units, the same whoever takes them."""
         return (unit_seed(self.settings.seed, self.position.phase, unit) for unit in units)
 
     def commit(self, phase_ends: bool = False) -> None:
-        """Hand a copy of the state to the checkpoint writer; all ranks gather it."""
+        """Hand a copy of the state to the checkpoint writer; where it is partitioned, all ranks gather it."""
+        workload, replicated = self.workload, self.engine.replicas is not None
+        if replicated and self.rank > 0:
+            return
         state = self.engine.state()
-        if state is not None:
-            position, after = replace(self.position, recipe=self.settings.recipe), self.position.phase + 1
-            if phase_ends and after < len(self.settings.phases):
-                feed = self.settings.phases[after].feed.fingerprint
-                position = replace(position, phase=after, next_unit=0, feed=feed)
-            self.workload.held = (state, position)
-            self.workload.checkpoints.save(state, position, self.workload.settle)
+        if state is None:
+            return
+        position = replace(self.position, recipe=self.settings.recipe)
+        if phase_ends:
+            position = self._next_phase(position)
+        if not replicated:
+            workload.kept = Held.of((state, position), self.membership.number)
+        workload.checkpoints.save(state, position, workload.settle)
+
+    def _next_phase(self, position: RunPosition) -> RunPosition:
+        """Where the next phase begins; the same position in the last one."""
+        after = position.phase + 1
+        if after == len(self.settings.phases):
+            return position
+        return replace(position, phase=after, next_unit=0, feed=self.settings.phases[after].feed.fingerprint)
 
     def note_limit(self, limit: int) -> None:
         """Take fewer units at once, from the next step or membership on."""
@@ -260,17 +366,3 @@ class TrainingLoop:
         steps = self.settings.profile_steps if self.rank == 0 and not workload.traced else 0
         folder = workload.job.storage / f"runs/{workload.job.name}/traces"
         return StepTrace(self.engine.step_count, steps, folder, workload.say)
-
-    def _check_finite(self, result: StepResult, step: int) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            return
-        with suppress(Exception):  # rank 0's last good state may still be on its way to the storage
-            self._timed("commit", lambda: self.workload.checkpoints.wait(FAREWELL_SECONDS))
-        self.engine.all_gather_floats([0.0])  # so that every rank names the same checkpoint
-        first, steps = self.position.next_unit, self.workload.checkpoints.steps()
-        last = f"the last checkpoint is of step {steps[-1]:,}" if steps else "there is no checkpoint yet"
-        raise UserError(
-            f"In step {step + 1:,} (sequences {first:,} to {first + self.phase.units_per_step - 1:,}) the loss was "
-            f"{result.loss} and the gradient norm {result.grad_norm}; {last}: start from one with a lower "
-            "--optimizer.lr under another --name."
-        )

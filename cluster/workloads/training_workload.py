@@ -4,56 +4,28 @@ import gc
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-import numpy as np
 import ray
 import torch
 
 from cluster.elastic.events import Message
-from cluster.elastic.membership import Membership, Outcome, node_name
-from cluster.elastic.workload import Beat, Job, SharedState, Stage
+from cluster.elastic.membership import Membership, Outcome, StateId, node_name
+from cluster.elastic.workload import Beat, Job, Stage
+from cluster.workloads.held_state import Held, Replica, SharedTrainState
 from cluster.workloads.phase import TrainingSettings
 from cluster.workloads.telemetry import Reporter
 from cluster.workloads.training_loop import TrainingLoop
 from data_pipelines.order.feed import Feed, FeedConfig
-from doge.common.errors import UserError
+from doge.common.errors import MachineError, UserError
 from doge.common.storage import Storage
+from doge.training.communicator import is_symptom
 from doge.training.memory import OutOfMemory
-from doge.training.state.checkpoint import Checkpoint, Checkpoints, load_checkpoint
+from doge.training.state.checkpoint import Checkpoints, load_checkpoint
 from doge.training.state.run_position import RunPosition
-from doge.training.state.train_state import TrainState
 from doge.training.warm_up import warm_up
-
-
-@dataclass
-class SharedTrainState:
-    """A training state in the object store: numpy tensors, and where the run stands."""
-
-    step: int
-    parameters: dict[str, np.ndarray]
-    moments: dict[str, dict[str, np.ndarray]]
-    position: RunPosition
-
-    @classmethod
-    def of(cls, state: TrainState, position: RunPosition) -> "SharedTrainState":
-        parameters = {name: tensor.numpy() for name, tensor in state.parameters.items()}
-        moments = {key: {name: value.numpy() for name, value in part.items()} for key, part in state.moments.items()}
-        return cls(state.step, parameters, moments, position)
-
-    def open(self) -> Checkpoint:
-        """The tensors where they lie, without a copy: the engine only reads them."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that nobody may write to it
-            parameters = {name: torch.from_numpy(array) for name, array in self.parameters.items()}
-            moments = {
-                key: {name: torch.from_numpy(array) for name, array in part.items()}
-                for key, part in self.moments.items()
-            }
-        return TrainState(self.step, parameters, moments), self.position
 
 
 class OpenFeeds:
@@ -82,6 +54,7 @@ class TrainingWorkload:
         self.job, self.leave = job, leave
         self.settings: TrainingSettings = job.settings
         node = node_name(socket.gethostname(), ray.get_runtime_context().get_node_id())
+        self.ip = ray.util.get_node_ip_address()
         self.reporter = Reporter(host, node, _clock_offset(job.board), job.board.post.remote)
         self.feeds = OpenFeeds(job.storage, self._wait_message)
         for phase in self.settings.phases:
@@ -90,32 +63,40 @@ class TrainingWorkload:
             job.storage / f"runs/{job.name}/checkpoints", self.settings.save_total_limit, self.say
         )
         self.device = torch.device("cuda", 0) if job.use_gpu else torch.device("cpu")
-        self.held: Checkpoint | None = None  # the newest state that this host gathered or was given
+        self.partitions = self.settings.engine.states == "partitioned"
+        self.kept: Held | None = None  # the newest state, where it lies in memory and in no engine that may step on
+        self.replica: Replica | None = None  # else the engine that has the whole state
         self.speed = 0.0  # units per second; 0 is unknown
         self.limit = 0  # units of a micro-batch; 0 is unknown
         self.step_seconds = 0.0
         self.traced = False  # there is a trace of steps
         self._doing = (Stage.IDLE, "idle", 0, time.monotonic())
         self._membership = 0
+        self._moves = 0  # of its own, beside those of its engine
         self._loop: TrainingLoop | None = None
 
     def warm_up(self) -> None:
         warm_up(self.settings.phases[0].optimizer, self.settings.engine, self.device)
         gc.freeze()  # the modules stay: to look through them takes most of a collection, and there is one a membership
 
-    def run(self, membership: Membership, rank: int, state: SharedState | None) -> Outcome:
-        self._membership = membership.number
-        self.enter(Stage.JOINING, "joining", state.step if state else 0)
+    def run(self, membership: Membership, rank: int, state: Any) -> Outcome:
+        self._membership, start = membership.number, membership.start
+        self.enter(Stage.JOINING, "joining", start.step if start else 0)
         if isinstance(state, SharedTrainState):
-            self.held = state.open()
-        elif membership.source != self.reporter.host:
-            self.held = None  # a fresh start
+            self.kept = state.open()
+        elif start is None:
+            self.kept = None
+            self.drop_replica()
+        elif start != self._held_id():
+            return Outcome("broken", start.step, f"worker {rank} holds another state than it had told")
         loop = self._loop = TrainingLoop(self, membership, rank)
         try:
-            loop.enter(self.held)
+            loop.enter()
             outcome = loop.run()
             loop.close(broken=False)
             return outcome
+        except MachineError as error:
+            return Outcome("unable", self.step, str(error))
         except UserError as error:  # another membership would only meet it again
             ray.get(self.job.board.stop.remote(str(error)))
             return Outcome("stopped", self.step, str(error))
@@ -123,9 +104,10 @@ class TrainingWorkload:
             loop.note_limit(error.limit)
             reason = f"worker {rank} ran out of memory, from now on it takes at most {error.limit} sequences at once"
             return Outcome("full", self.step, reason)
-        except Exception as error:  # a peer is gone, or something is wrong here
+        except Exception as error:
+            kind: Literal["broken", "failed"] = "broken" if loop.abandoned or is_symptom(error) else "failed"
             reason = " ".join(str(error).split())[:160]
-            return Outcome("broken", self.step, f"worker {rank}: {type(error).__name__}: {reason}")
+            return Outcome(kind, self.step, f"worker {rank}: {type(error).__name__}: {reason}")
         finally:
             loop.close(broken=True)
             self._loop = None
@@ -134,25 +116,38 @@ class TrainingWorkload:
                 torch.cuda.empty_cache()
             self.enter(Stage.IDLE, "idle", self.step)
 
-    def newest_state(self) -> SharedTrainState | None:
-        # Without storage this copy may be stale: only rank 0 refreshes its copy at commits.
-        steps = self.checkpoints.steps()
-        if self.held is None or (steps and steps[-1] > self.held[0].step):
-            self.held = self.checkpoints.latest() or self.held
+    def newest_state(self) -> Held | None:
+        # Without storage this copy may be stale: others may have gone on without this host.
+        steps, own = self.checkpoints.steps(), self._held_id()
+        if steps and (own is None or steps[-1] > own.step):
+            loaded = self.checkpoints.latest()
+            if loaded is not None and (own is None or loaded[0].step > own.step):
+                self.kept = Held.of(loaded)
         held = self.held or self._foreign_start()
         if held is None:
             return None
-        state, position = held
+        position = held.position
         if position.phase >= len(self.settings.phases) or position.feed != self._feed(position.phase):
             raise UserError(
                 f"The data of the run {self.job.name} is not what it was when it started (recipe, files or tokenizer): "
                 "choose another --name, and --from one of its checkpoints to train on with other data."
             )
-        self.held = held
-        return SharedTrainState.of(state, position)
+        return held
+
+    def release_replica(self) -> None:
+        """Take the state out of the engine that has it whole, into memory."""
+        held = self.held
+        if held is not None and self.kept is None:
+            self.kept = Held.of(held.checkpoint(), held.id.membership)
+        self.drop_replica()
+
+    def drop_replica(self) -> None:
+        replica, self.replica = self.replica, None
+        if replica is not None:
+            replica.engine.close()
 
     def beat(self) -> Beat:
-        (stage, activity, step, since), held, loop = self._doing, self.held, self._loop
+        (stage, activity, step, since), loop = self._doing, self._loop
         return Beat(
             stage=stage,
             activity=activity,
@@ -161,7 +156,8 @@ class TrainingWorkload:
             membership=self._membership,
             step=step,
             step_seconds=self.step_seconds,
-            held=held[0].step if held else -1,
+            progress=self._moves + (loop.progress if loop is not None else 0),
+            held=self._held_id(),
         )
 
     def abort(self, number: int) -> None:
@@ -184,6 +180,7 @@ class TrainingWorkload:
     def enter(self, stage: Stage, activity: str, step: int = 0) -> None:
         """Note what this host does from now on."""
         self._doing = (stage, activity, step, time.monotonic())
+        self._moves += 1
 
     def say(self, message: str) -> None:
         self.reporter.post(Message(message))
@@ -204,7 +201,24 @@ class TrainingWorkload:
     def _feed(self, phase: int) -> str:
         return self.settings.phases[phase].feed.fingerprint
 
-    def _foreign_start(self) -> Checkpoint | None:
+    @property
+    def held(self) -> Held | None:
+        """The newest state that this host holds."""
+        kept, replica = self.kept, self.replica
+        if kept is None and replica is not None and replica.engine.whole:
+            return Held(replica.id, replica.position, replica.checkpoint)
+        return kept
+
+    @property
+    def owes(self) -> bool:
+        """Whether something due after the last step, such as an evaluation, was not done before the group broke."""
+        return self.kept is None and self.replica is not None and self.replica.settled < self.replica.engine.step_count
+
+    def _held_id(self) -> StateId | None:
+        held = self.held
+        return held.id if held is not None else None
+
+    def _foreign_start(self) -> Held | None:
         """The state of another run to begin with."""
         if self.settings.start_from is None:
             return None
@@ -212,11 +226,13 @@ class TrainingWorkload:
         phase = self.settings.phase_at(state.step)
         if (position.phase, position.feed) != (phase, self._feed(phase)):  # other data is read from its own beginning
             position = replace(position, phase=phase, feed=self._feed(phase), next_unit=0)
-        return state, position
+        self.kept = Held.of((state, position))
+        return self.kept
 
     def _wait_message(self, message: str) -> None:
         if reason := ray.get(self.job.board.stopped.remote()):
             raise UserError(reason)
+        self._moves += 1
         if self._loop is not None and self._loop.rank == 0:
             self.say(message)
 

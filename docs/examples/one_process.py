@@ -11,12 +11,12 @@ import torch
 from data_pipelines.order.packed_sequences import PackedSequences
 from data_pipelines.order.plan import make_plan
 from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
-from doge.common.network import free_address
 from doge.common.storage import Storage
 from doge.model.configuration import ModelRecipe
 from doge.tokenizer.training import TokenizerRecipe
 from doge.training import process_group
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
@@ -38,7 +38,7 @@ def main(storage: Storage) -> None:
         plan.make_shard(storage, "prose", file, part=0, tokenizer=tokenizer)
     feed = PackedSequences(storage, plan.fingerprint)
 
-    process_group.join(rank=0, world_size=1, local_rank=0, address=free_address("127.0.0.1"), device=DEVICE)
+    process_group.be_alone(DEVICE)
     with redirect_stdout(None):  # DeepSpeed prints its memory
         engine = Engine(NextTokenPrediction(MODEL), OptimizerRecipe(lr=8e-3), EngineRecipe(), DEVICE)
     ranges = ((step * SEQUENCES, (step + 1) * SEQUENCES) for step in range(STEPS))

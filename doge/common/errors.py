@@ -1,5 +1,12 @@
-"""The exception whose message is written for the user."""
+"""The exceptions whose message is written for the user."""
 
 
 class UserError(Exception):
-    """Bad input, described in one sentence that says what to do. Commands print it and exit with status 1."""
+    """Bad input, described in one sentence that says what to do. Commands print it and exit with status 1.
+
+    On a worker it means that any other would fail alike.
+    """
+
+
+class MachineError(UserError):
+    """Trouble of one machine, such as its disk, its packages or its GPU: another may do the same work."""

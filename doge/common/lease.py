@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from doge.common.errors import UserError
+from doge.common.machine import process_space, process_start
 from doge.common.storage import Storage, StorageError
 
 FILE = "lease.json"
@@ -85,9 +86,9 @@ class Lease:
             "owner": self.claim.owner,
             "holder": holder,
             "host": socket.gethostname(),
-            "machine": _machine(),
+            "machine": process_space(),
             "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
+            "process_start": process_start(os.getpid()),
             "interval": interval,
             "counter": 0,
         }
@@ -199,25 +200,6 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
 def _died_here(content: dict[str, Any]) -> bool:
     """Whether a lease's process ran on this machine and has ended; its pid may belong to another process by now."""
     start = content.get("process_start")
-    if start is None or content.get("machine") is None or content["machine"] != _machine():
+    if start is None or content.get("machine") is None or content["machine"] != process_space():
         return False
-    return bool(_process_start(content["pid"]) != start)
-
-
-def _machine() -> str | None:
-    """Identifies this boot of this machine and the namespace of its pids; None if unknown."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux
-        return None
-
-
-def _process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it has ended or is a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return bool(process_start(content["pid"]) != start)

@@ -32,6 +32,13 @@ class CommunicationError(RuntimeError):
     """A peer is gone or does not come, or the group was ended: never this rank's own fault."""
 
 
+def is_symptom(error: BaseException) -> bool:
+    """Whether an error says that a peer or the connection to it is gone, rather than what is wrong here."""
+    if isinstance(error, CommunicationError | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo/", "Gloo ", "NCCL"))
+
+
 class Communicator:
     """One rank's place in a group: NCCL between GPUs, gloo between CPUs and for numbers.
 
@@ -126,7 +133,7 @@ class Communicator:
         for key in keys:
             at, port = store.get(key).decode().split()
             self._addresses.add((at, int(port)))
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in its stub
         options._devices, options._threads, options._timeout = [device], 2, timedelta(seconds=CONNECT_SECONDS)
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
         gloo._set_default_timeout(_FOREVER)

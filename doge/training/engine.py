@@ -5,17 +5,18 @@ an engine of any other size and ZeRO stage can take it.
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from doge.common.errors import UserError
 from doge.model.compilation import compile_layers
+from doge.training.communicator import CommunicationError, Communicator
 from doge.training.deepspeed_internals import (
     deepspeed_config,
     discard_gradients,
@@ -23,62 +24,30 @@ from doge.training.deepspeed_internals import (
     free,
     import_deepspeed,
 )
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.memory import OutOfMemory, fits, nothing_fits
 from doge.training.objective import Batch, LossSum, Objective
 from doge.training.optimizer import OptimizerRecipe
-from doge.training.state.train_state import TrainState, check_fits, fill_moments, freeze, gather_state, restore
+from doge.training.state.train_state import (
+    TrainState,
+    check_fits,
+    fill_moments,
+    freeze,
+    gather_state,
+    gradients,
+    overwrite,
+    restore,
+)
 from doge.training.step_clock import StepClock
-
-
-@dataclass(frozen=True)
-class EngineRecipe:
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the computation; ``auto`` is bf16 where the device supports it natively, else fp32. Master weights
-    are always fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch.compile compiles the layers; ``auto`` on GPUs only. On a CPU it takes half a minute of every
-    worker's first start; a cache on disk outlives restarts."""
-
-    def check(self) -> None:
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise UserError(
-                "engine.zero_stage = 0 keeps no fp32 master weights in bf16: "
-                "use --engine.zero-stage 1, or --engine.precision fp32."
-            )
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        if self.precision == "auto":
-            native = self.zero_stage > 0 and _computes_bf16(device)
-            return torch.bfloat16 if native else torch.float32
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-
-@dataclass(frozen=True)
-class StepResult:
-    loss: float
-    """Mean over the weight of the global batch, in nats."""
-    grad_norm: float
-    weight: float
-    """What the mean is over, such as loss tokens."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The objective's further sums over the weight, by name."""
-    gathered: list[list[float]] = field(default_factory=list)
-    """The numbers that every rank gave, by rank; the same on all of them."""
-    micro_batch_limit: int | None = None
-    """The most units that a micro-batch of this rank may have from now on, where the step found that out."""
-    compute_seconds: float = 0.0
-    """This rank's own forward and backward passes, without waiting and without an attempt that ran out of memory.
-
-    Under ZeRO 3 on a GPU it is an upper bound, for the gathers run beside it on streams of their own.
-    """
-    wait_seconds: float = 0.0
-    """In collectives: waiting for other ranks, and the communication itself."""
+from doge.training.step_result import NotFinite, StepResult
 
 
 class Engine:
-    """An objective's model under DeepSpeed in the current process group.
+    """An objective's model under DeepSpeed.
+
+    Its state is partitioned over the ranks of the current process group. With ``replicas``, that group is this process
+    alone, which holds the whole state, and the ranks exchange their gradients through the communicator. Such an engine
+    outlives its group: it can leave one that broke, as if the step under way had never begun, and join another.
 
     Args:
         objective: what is learnt; equal on every rank.
@@ -86,6 +55,7 @@ class Engine:
         recipe: ZeRO stage and precision.
         device: where to train.
         state: where to go on from; every rank gives the same one.
+        replicas: the ranks that hold the whole state each.
     """
 
     def __init__(
@@ -95,18 +65,19 @@ class Engine:
         recipe: EngineRecipe,
         device: torch.device,
         state: TrainState | None = None,
+        replicas: Communicator | None = None,
     ):
         recipe.check()
-        self.objective, self.device = objective, device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.zero_stage = recipe.zero_stage
-        self.equal_micro_batches = recipe.zero_stage >= 2
+        self.objective, self.device, self.replicas = objective, device, replicas
+        self.dtype = recipe.dtype(device)
+        # A replica has nobody to partition over; from stage 1 on DeepSpeed keeps fp32 master weights beside bf16 ones.
+        self.zero_stage = recipe.zero_stage if replicas is None else int(self.dtype == torch.bfloat16)
+        self.equal_micro_batches = self.zero_stage >= 2
         model = objective.build()
         if state is not None:
             check_fits(state, model)
             model.load_state_dict(state.parameters, strict=False)  # tied weights have one name only
         self._frozen = freeze(model, objective.trainable)
-        self.dtype = recipe.dtype(device)
         deepspeed = import_deepspeed(device)
         forget_engines()
         num_parameters = sum(p.numel() for p in model.parameters())
@@ -114,16 +85,18 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer.build(model),
-            config=deepspeed_config(recipe.zero_stage, self.dtype, optimizer.max_grad_norm, num_parameters),
+            config=deepspeed_config(self.zero_stage, self.dtype, optimizer.max_grad_norm, num_parameters),
         )
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
         # ZeRO 3 gathers within the layers, which would cut every graph to pieces.
-        self.compiled = compiles and recipe.zero_stage < 3 and compile_layers(self.module)
+        self.compiled = compiles and self.zero_stage < 3 and compile_layers(self.module)
         self._clock = StepClock(device)  # of what is under way or was last
         self._abandoned = False
+        self._passes = 0
+        self.whole = True  # no update is half made
         self._peak_lr = optimizer.lr
         self._grad_norm: float | torch.Tensor = torch.nan
-        if recipe.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
+        if self.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip(optimizer.max_grad_norm))
         self.step_count = 0
         fill_moments(self._engine, 0 if state is None else state.step)
@@ -131,9 +104,26 @@ class Engine:
             self.step_count = state.step
             restore(self._engine, state)
 
+        elif replicas is not None:  # built from one seed, but maybe by another device's random numbers
+            replicas.broadcast(*(parameter.detach() for parameter in self.module.parameters()))
+            overwrite(self._engine, self._require_state())
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.replicas is None else self.replicas.rank
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if self.replicas is None else self.replicas.size
+
     @property
     def module(self) -> torch.nn.Module:
         return self._engine.module
+
+    @property
+    def progress(self) -> int:
+        """Grows with every micro-batch and every piece that is exchanged; may be asked from any thread."""
+        return self._passes + (self.replicas.progress if self.replicas is not None else 0)
 
     @property
     def waiting(self) -> bool:
@@ -151,6 +141,21 @@ class Engine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def leave(self) -> None:
+        """Let go of the replicas, as if the step under way had never begun. Nothing is communicated."""
+        discard_gradients(self._engine)
+        self.replicas, self._abandoned = Communicator(0, 1), False
+
+    def join(self, replicas: Communicator) -> None:
+        """Step with these replicas from now on, which hold the same state."""
+        self.replicas = replicas
+
+    def load(self, state: TrainState) -> None:
+        """Take up a state of the same model; only for a replica."""
+        check_fits(state, self.module)
+        overwrite(self._engine, state)
+        self.step_count, self.whole = state.step, True
 
     def abandon(self) -> None:
         """Stop the current step or evaluation after its micro-batch; its result is discarded. Thread-safe.
@@ -178,6 +183,8 @@ class Engine:
 
         Raises:
             OutOfMemory: the optimizer's step does not fit, or a micro-batch under ZeRO 2 and 3.
+            NotFinite: the loss or the gradient of replicas is no number.
+            CommunicationError: the replicas cannot meet; the engine can leave them.
             UserError: nothing to learn from, or not even a micro-batch of one unit fits.
         """
         units = len(batch)
@@ -187,7 +194,8 @@ class Engine:
         sizes, limit = list(micro_batch_sizes) or [0], None
         clock = self._clock = StepClock(self.device)
         # ZeRO 3 waits on other streams than the one that computes, where events would mean nothing.
-        with nullcontext() if self._gathers_aside else clock.watch_collectives():
+        replicas = self.replicas
+        with nullcontext() if self._gathers_aside or replicas is not None else clock.watch_collectives():
             gathered = self.all_gather_floats([self.objective.weight(batch), *gather])
             weight = sum(row[0] for row in gathered)
             if not weight > 0:
@@ -198,8 +206,9 @@ class Engine:
             while True:
                 try:
                     with clock.span("compute"):
-                        # DeepSpeed averages gradients over ranks; the sum is what the mean over the weight needs.
-                        sums = self._accumulate(batch, sizes, self.world_size / weight)
+                        # DeepSpeed averages gradients over its ranks; the mean over the weight needs their sum.
+                        averaged = self.world_size if replicas is None else 1
+                        sums = self._accumulate(batch, sizes, averaged / weight)
                     break
                 except OutOfMemory as error:
                     if self.equal_micro_batches:
@@ -208,13 +217,19 @@ class Engine:
                 clock.rename("compute", "lost")
                 discard_gradients(self._engine)
                 sizes = [min(limit, units - start) for start in range(0, units, limit)] or [0]
+            with clock.span("wait"):
+                if replicas is not None:
+                    replicas.all_reduce(*gradients(self._engine))
+                means = [total / weight for total in self._all_reduce(sums).tolist()]
+            if replicas is not None:
+                self._check_gradients(means[0])
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = self._peak_lr * lr_factor
+            self.whole = False
             if not fits(self._engine.step):
                 raise self._too_large(max(sizes))
-            with clock.span("wait"):
-                means = [total / weight for total in self._all_reduce(sums).tolist()]
         self.step_count += 1
+        self.whole = True
         grad_norm = self._engine.get_global_grad_norm()
         seconds = clock.seconds()
         return StepResult(
@@ -260,6 +275,7 @@ class Engine:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             self._check_abandoned()
+            self._passes += 1
             totals[0] += self._loss_sum(self._engine, batch).loss
             totals[1] += self.objective.weight(batch)
         self._clock = StepClock(self.device)
@@ -294,6 +310,7 @@ class Engine:
         start = 0
         for size in sizes:
             self._check_abandoned()
+            self._passes += 1
             piece = batch[start : start + size]
             if not fits(partial(self._pass, piece, scale, sums)):
                 raise self._too_large(size)
@@ -302,7 +319,23 @@ class Engine:
 
     def _check_abandoned(self) -> None:
         if self._abandoned:
-            raise RuntimeError("The step was abandoned.")
+            raise CommunicationError("The step was abandoned.")
+
+    def _check_gradients(self, loss: float) -> None:
+        """Raise NotFinite, with the step forgotten, unless the loss and the gradient are numbers.
+
+        The norm waits for the device: what the group still exchanged when it was aborted must not be stepped with.
+        """
+        norm = float(torch.nn.utils.get_total_norm(gradients(self._engine)))
+        self._check_abandoned()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            discard_gradients(self._engine)
+            raise NotFinite(loss, norm)
+
+    def _require_state(self) -> TrainState:
+        state = self.state()
+        assert state is not None, "a replica has the whole state"
+        return state
 
     def _pass(self, batch: Batch, scale: float, sums: list[torch.Tensor]) -> None:
         """Forward and backward of one micro-batch; append its summed loss and metrics, fp64."""
@@ -340,13 +373,10 @@ class Engine:
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of an fp64 tensor over ranks, back on the CPU."""
-        if self.world_size > 1:
+        if self.replicas is not None:
+            values = values.cpu()
+            self.replicas.all_reduce(values)
+        elif self.world_size > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()

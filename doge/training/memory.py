@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from doge.common.errors import UserError
+from doge.common.errors import MachineError
 from doge.common.hardware import device_name
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -47,8 +47,8 @@ def fits(work: Callable[[], object]) -> bool:
     return False
 
 
-def nothing_fits(device: torch.device) -> UserError:
-    return UserError(
+def nothing_fits(device: torch.device) -> MachineError:
+    return MachineError(
         f"Not even one sequence fits in the memory of {device_name(device)}: choose "
         "--training.gradient-checkpointing, a shorter --data.sequence-length, a higher --engine.zero-stage (with "
         "several workers), or a GPU with more memory."

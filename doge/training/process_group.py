@@ -1,4 +1,7 @@
-"""Join and leave process groups within one process, as often as the set of workers changes."""
+"""The process group that DeepSpeed sees: this process alone, or all workers where the state is partitioned.
+
+It is joined and left within one process, as often as the set of workers changes.
+"""
 
 import os
 from datetime import timedelta
@@ -7,27 +10,30 @@ import torch
 import torch.distributed as dist
 
 
-def join(rank: int, world_size: int, local_rank: int, address: tuple[str, int], device: torch.device) -> None:
+def be_alone(device: torch.device) -> None:
+    """Be a group of one, which needs no network. Does nothing in such a group."""
+    if not (dist.is_initialized() and dist.get_world_size() == 1 and dist.get_backend() == _backend(device)):
+        leave()
+        join(0, 1, dist.HashStore(), device)
+
+
+def join(rank: int, world_size: int, store: dist.Store, device: torch.device) -> None:
     """Join a group: NCCL between GPUs, gloo between CPUs.
 
     Args:
-        local_rank: among the group's processes on this machine.
-        address: host and port that rank 0 listens at.
+        store: through which the ranks find each other.
 
     Raises:
-        RuntimeError: not all ranks came within a minute, or the connection broke.
+        RuntimeError: not all ranks came, or the connection broke.
     """
-    host, port = address
-    os.environ |= {  # DeepSpeed reads them
-        "RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": host, "MASTER_PORT": str(port),
+    os.environ |= {  # DeepSpeed reads them; a process sees one GPU at most, whichever of its machine that is
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     }  # fmt: skip
-    store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
-    backend = "nccl" if device.type == "cuda" else "gloo"
     # A peer that dies closes its connections, which ends a collective at once; one that hangs is the coordinator's
     # matter. The long timeout lets a much slower peer be waited for.
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1),
+        _backend(device), store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1),
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
 
@@ -52,3 +58,7 @@ def abort() -> None:
     """Abort NCCL's collectives, also those in which another thread waits; gloo's end when a connection closes."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -2,11 +2,12 @@
 
 import torch
 
-from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
 from doge.training import process_group
+from doge.training.communicator import Communicator
 from doge.training.deepspeed_internals import import_deepspeed
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
@@ -26,9 +27,10 @@ def warm_up(optimizer: OptimizerRecipe, recipe: EngineRecipe, device: torch.devi
     import_deepspeed(device)
     if device.type != "cpu":
         return
-    process_group.join(0, 1, 0, free_address("127.0.0.1"), device)
+    process_group.be_alone(device)
     try:
-        engine = Engine(NextTokenPrediction(_SMALL), optimizer, recipe, device)
+        replicas = None if recipe.states == "partitioned" else Communicator(0, 1)
+        engine = Engine(NextTokenPrediction(_SMALL), optimizer, recipe, device, replicas=replicas)
         tokens = torch.arange(64)[None]
         engine.step(TensorBatch({"input_ids": tokens, "labels": tokens, "position_ids": tokens}), [1], 1.0)
         engine.state()

@@ -16,6 +16,7 @@ import ray.train
 import reconstruct_pairs
 import torch
 from nodes import wait_until
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from reconstruct_pairs import PairFeed, ReconstructPairs
 
 from cluster.elastic.coordinator import NAMESPACE, actor_name, open_coordinator
@@ -30,7 +31,7 @@ from cluster.workloads.side_tasks import Evaluation
 from cluster.workloads.training_events import Evaluated, SamplesTaken, StepMade
 from doge.common.lease import Lease
 from doge.common.storage import Storage
-from doge.training.engine import EngineRecipe
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.objective import unit_seed
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
@@ -88,7 +89,8 @@ class Run:
         held = replace(first, objective=replace(first.objective, gate=str(gate)))
         self.settings = replace(SETTINGS, phases=(held, second))
         self.scaling = ScalingRecipe(num_workers=2, use_gpu=False, warm_spares=0)
-        self.board = ray.remote(num_cpus=0)(PlainBoard).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(PlainBoard).remote()
 
     def __enter__(self) -> "Run":
         self.lease = Lease(self.storage / f"runs/{self.name}", "the test")

@@ -127,10 +127,8 @@ def test_lost_workers_and_nodes_and_announced_departures_change_no_sample(
 
     begun = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\d workers? on", line)]
     assert [line[0] for line in begun] == ["2", "1", "2", "1", "2", "1", "2", "1"]
-    every = recipe.training.save_steps
     for number, line in enumerate(begun):
-        first, repeated = (int(n or 0) for n in re.search(r"from step (\d+)(?:, repeating (\d+))?", line).groups())
-        # No committed step is lost; one that was being written when its writer died may be.
-        assert first >= (first + repeated) // every * every - every
+        repeated = int(re.search(r"from step \d+(?:, repeating (\d+))?", line)[1] or 0)
         assert ("after the last" in line) == (number in (1, 3, 5))
-        assert repeated == 0 or number in (1, 3, 5)
+        # Survivors have the whole state: at most the step is repeated that a lost one had made before the others.
+        assert repeated <= (number in (1, 3, 5))

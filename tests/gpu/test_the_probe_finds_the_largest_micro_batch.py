@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from doge.model.configuration import ModelRecipe
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.memory import fits
 from doge.training.micro_batch import probe_micro_batch
 from doge.training.next_token import NextTokenPrediction

@@ -24,7 +24,7 @@ from cluster.elastic.decisions.observations import (
     Tick,
 )
 from cluster.elastic.events import Event, HostJoined, HostLeft, HostStarted, HostStarting, MembershipFormed, Message
-from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat
+from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
 
@@ -42,6 +42,7 @@ class SimulatedHost:
         stage: its own in a membership.
         waiting: whether it waits for other members there.
         seconds: in its stage.
+        moves: whether its progress grows.
         notices: whether it ends a membership that has lost a member by itself.
         heeds: whether it ends one when it is told to abort.
         silent: its process is stopped: it does not answer until `Simulation.wake`.
@@ -59,8 +60,9 @@ class SimulatedHost:
     stage: Stage = Stage.STEPPING
     waiting: bool = False
     seconds: float = 0.0
+    moves: bool = True
     step: int = 0
-    held: int = 0
+    held: StateId | None = None
     notices: bool = True
     heeds: bool = True
     silent: bool = False
@@ -71,10 +73,11 @@ class SimulatedHost:
     aborted: list[int] = field(default_factory=list)
     owed: list[Observation] = field(default_factory=list)  # answers that wait for it to wake
 
-    def beat(self) -> Beat:
+    def beat(self, now: float) -> Beat:
         number = self.membership.number if self.membership else 0
         stage = self.stage if self.membership else Stage.IDLE
-        return Beat(stage, stage.value, self.seconds, self.waiting, number, self.step, 0.0, self.held)
+        progress = int(10 * now) if self.moves else 0
+        return Beat(stage, stage.value, self.seconds, self.waiting, number, self.step, 0.0, progress, self.held)
 
 
 class Simulation:
@@ -232,10 +235,10 @@ class Simulation:
                 self._break(host)
             case commands.AskForBeat(name):
                 host = self.hosts[name]
-                self.later(host.delay, lambda: self._answer(host, BeatHeard(name, host.beat())))
+                self.later(host.delay, lambda: self._answer(host, BeatHeard(name, host.beat(self.now))))
             case commands.AskForOffer(name):
                 host = self.hosts[name]
-                self._answer(host, Offered(name, max(host.held, 0), self.storage_trouble))
+                self._answer(host, Offered(name, host.held, self.storage_trouble, copied=True))
             case commands.AskForAddress(name):
                 self._answer(self.hosts[name], AddressGiven(name, ("127.0.0.1", 1)))
             case commands.RunMember(name, membership):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
 from doge.training import process_group
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
@@ -21,7 +21,7 @@ MODEL = ModelRecipe(
 @pytest.fixture
 def group():
     process_group.leave()  # what a test before may have left of DeepSpeed's
-    process_group.join(0, 1, 0, free_address("127.0.0.1"), torch.device("cpu"))
+    process_group.be_alone(torch.device("cpu"))
     yield
     process_group.leave()
 

@@ -92,7 +92,8 @@ def test_a_rank_that_waits_for_one_that_says_nothing_is_woken_and_a_stranger_kee
             woken.append(time.monotonic() - began)
 
     error, _ = together(2, work)
-    assert isinstance(error, CommunicationError) and "A worker is gone" in str(error)
+    assert isinstance(error, CommunicationError)
+    assert "A worker is gone" in str(error)
     assert 0.3 <= woken[0] < 3
     mine.sendall(b"still there")
     assert theirs.recv(20) == b"still there"
@@ -122,7 +123,7 @@ def test_a_rank_that_nobody_joins_gives_up_when_it_is_told_and_after_its_time(ra
         Communicator(rank, 2, free_address("127.0.0.1"), abandoned=lambda: time.monotonic() - began > 0.2)
     assert time.monotonic() - began < 3
     monkeypatch.setattr(communicator, "JOIN_SECONDS", 0.2)
-    with pytest.raises(CommunicationError, match="could not meet: .* within 0.2 s"):
+    with pytest.raises(CommunicationError, match=r"could not meet: .* within 0.2 s"):
         Communicator(rank, 2, free_address("127.0.0.1"))
 
 

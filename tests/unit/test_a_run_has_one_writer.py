@@ -12,6 +12,7 @@ import pytest
 from doge.common import lease as leases
 from doge.common.errors import UserError
 from doge.common.lease import FILE, Lease, LeaseLost
+from doge.common.machine import process_start
 from doge.common.storage import Storage
 
 INTERVAL = 1.0
@@ -89,7 +90,7 @@ def test_a_run_that_has_ended_is_free(holder, tmp_path):
 def test_a_killed_holder_of_this_machine_is_replaced_at_once(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "PATIENCE", 1e9)
     holder.send_signal(signal.SIGKILL)
-    while leases._process_start(holder.pid) is not None:  # it stays a zombie, which counts as dead
+    while process_start(holder.pid) is not None:  # it stays a zombie, which counts as dead
         time.sleep(0.01)
     with lease(tmp_path) as mine:
         assert mine.still_held()

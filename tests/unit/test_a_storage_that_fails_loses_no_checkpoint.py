@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cluster.elastic.membership import StateId
+from cluster.workloads.held_state import Held
 from cluster.workloads.training_workload import TrainingWorkload
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
@@ -54,13 +56,13 @@ def test_a_host_does_not_go_on_from_what_it_holds_where_the_storage_may_have_new
     checkpoints = Checkpoints(Storage(str(broken)) / "checkpoints")
     workload = TrainingWorkload.__new__(TrainingWorkload)
     workload.settings, workload.checkpoints = SimpleNamespace(phases=[SimpleNamespace(feed=feed)]), checkpoints
-    workload.held = state(3), at()
+    workload.kept, workload.replica = Held.of((state(3), at())), None
     with pytest.raises(StorageError):
         workload.newest_state()
     broken.unlink()
     Checkpoints(Storage(str(broken)) / "checkpoints").save(state(9), at())
     until(checkpoints.steps)
-    assert workload.newest_state().step == 9
+    assert workload.newest_state().id == StateId(9)
 
 
 def test_training_goes_on_and_the_newest_state_is_written_when_the_storage_is_back(broken):

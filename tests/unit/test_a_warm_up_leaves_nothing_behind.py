@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
 from doge.training import process_group
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
@@ -22,7 +22,7 @@ STAGES = (1, 3)
 
 
 def losses(recipe: EngineRecipe) -> list[float]:
-    process_group.join(0, 1, 0, free_address("127.0.0.1"), CPU)
+    process_group.be_alone(CPU)
     engine = Engine(NextTokenPrediction(MODEL, seed=1), OptimizerRecipe(), recipe, CPU)
     tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(32).expand(2, -1)

@@ -21,7 +21,7 @@ def test_an_abort_meets_the_membership_that_it_names_and_no_other():
     engine, workload = EngineStub(), object.__new__(TrainingWorkload)
     workload.settings = workload.feeds = None
     workload.reporter = SimpleNamespace(post=None)
-    workload._loop = loop = TrainingLoop(workload, Membership(2, (), ("127.0.0.1", 1), ""), 0)
+    workload._loop = loop = TrainingLoop(workload, Membership(2, (), ("127.0.0.1", 1)), 0)
     loop._read_ahead = ReadAhead(lambda *_: None, [(0, 1)], 1)
     workload.abort(1)
     assert next(loop._read_ahead) is None

@@ -10,7 +10,8 @@ import torch.multiprocessing as multiprocessing
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe
 from doge.training.deepspeed_internals import import_deepspeed
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.memory import OutOfMemory
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch

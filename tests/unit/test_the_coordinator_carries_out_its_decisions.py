@@ -10,7 +10,7 @@ import ray
 from cluster.elastic import coordinator as coordinators
 from cluster.elastic.coordinator import Coordinator, host_failure
 from cluster.elastic.decisions.observations import HostFailed
-from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat
+from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
 from doge.common.errors import UserError
@@ -65,8 +65,8 @@ class Host(Actor):
     async def status(self) -> Beat:
         return Beat(Stage.IDLE)
 
-    async def offer(self, copies: bool) -> Offer:
-        return Offer(5, ("a reference",) if copies else ())
+    async def offer(self, copy: str) -> Offer:
+        return Offer(StateId(5), ("a reference",) if copy == "always" else ())
 
     async def address(self) -> tuple[str, int]:
         return "127.0.0.1", 1

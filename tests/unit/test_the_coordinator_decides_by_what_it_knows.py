@@ -1,6 +1,7 @@
 """Single decisions of the coordinator, as tables: what it knows, what it observes, what it commands."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +22,7 @@ from cluster.elastic.decisions.commands import (
     StopRun,
 )
 from cluster.elastic.decisions.decide import decide
-from cluster.elastic.decisions.ending import ABORT_SECONDS
-from cluster.elastic.decisions.forming import PAUSE_SECONDS
+from cluster.elastic.decisions.ending import ABORT_SECONDS, PAUSE_SECONDS
 from cluster.elastic.decisions.known import (
     ANSWER_SECONDS,
     WATCH_SECONDS,
@@ -48,9 +48,16 @@ from cluster.elastic.decisions.observations import (
     Tick,
 )
 from cluster.elastic.decisions.staffing import hopeless, wanted
-from cluster.elastic.decisions.watching import BUILD_SECONDS, FLUSH_SECONDS, KILL_SECONDS, grace
+from cluster.elastic.decisions.watching import (
+    BUILD_SECONDS,
+    FLUSH_SECONDS,
+    KILL_SECONDS,
+    SILENT_SECONDS,
+    STALL_SECONDS,
+    grace,
+)
 from cluster.elastic.events import HostLeft, Message
-from cluster.elastic.membership import HostInfo, Member, Membership, Outcome, Seat
+from cluster.elastic.membership import HostInfo, Member, Membership, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
 
@@ -80,7 +87,7 @@ def running(*members: HostRecord, others: tuple[HostRecord, ...] = (), seats: st
     """What is known while a membership of these hosts steps."""
     state = known(*members, *others, seats=seats, **scaling)
     ranks = tuple(Member(member.name, member.node, member.node) for member in members)
-    membership = Membership(1, ranks, ("127.0.0.1", 1), members[0].name)
+    membership = Membership(1, ranks, ("127.0.0.1", 1))
     state.number, state.holder = 1, members[0]
     state.phase = Running(membership, list(members), 0, pending=list(members), at_work=True)
     for member in members:
@@ -166,25 +173,106 @@ def test_a_run_is_hopeless_where_the_nodes_that_are_there_cannot_hold_its_fewest
     assert hopeless(state) == reason
 
 
+def passing(state: Known, until: float, beats: dict[str, Beat]) -> list:
+    """Let time pass until ``until``, a tick every half second and a beat of these hosts with each; all commands."""
+    commands, now = [], state.now
+    while now < until:
+        now += WATCH_SECONDS
+        for name, beat in beats.items():
+            commands += decide(state, BeatHeard(name, beat), now)
+        commands += decide(state, Tick(), now)
+    return commands
+
+
 @pytest.mark.parametrize(
-    ("beat", "stuck"),
+    ("beat", "longest", "still", "stuck"),
     [
-        (Beat(Stage.STEPPING, seconds=10 * HANG - 1), False),
-        (Beat(Stage.STEPPING, seconds=10 * HANG + 1), True),  # its first step: nobody knows how long one takes
-        (Beat(Stage.STEPPING, seconds=HANG - 1, step_seconds=1.0), False),
-        (Beat(Stage.STEPPING, seconds=HANG + 1, step_seconds=1.0), True),
-        (Beat(Stage.STEPPING, seconds=HANG + 1, step_seconds=10.0), False),  # within twenty steps' time
-        (Beat(Stage.STEPPING, seconds=201.0, step_seconds=10.0), True),
-        (Beat(Stage.STEPPING, seconds=1e6, waiting=True), False),  # another one is
-        (Beat(Stage.BETWEEN, seconds=1e6), False),
-        (Beat(Stage.BUILDING, seconds=1e6), False),
+        (Beat(Stage.STEPPING), 0.0, 10 * HANG - 1, False),
+        (Beat(Stage.STEPPING), 0.0, 10 * HANG + 1, True),  # its first pass: nobody knows how long one takes
+        (Beat(Stage.STEPPING), 1.0, HANG - 1, False),
+        (Beat(Stage.STEPPING), 1.0, HANG + 1, True),
+        (Beat(Stage.STEPPING), 10.0, HANG + 1, False),  # within the time of twenty passes
+        (Beat(Stage.STEPPING), 10.0, 201.0, True),
+        (Beat(Stage.STEPPING, waiting=True), 1.0, 1e6, False),  # another one is
+        (Beat(Stage.JOINING, waiting=True), 1.0, 1e6, False),
+        (Beat(Stage.IDLE), 1.0, 1e6, False),
+        (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG - 1, False),
+        (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG + 1, True),
+        (Beat(Stage.BETWEEN, "evaluation"), 1.0, HANG + 1, True),
+        (Beat(Stage.BETWEEN, "commit"), 1.0, HANG + 1, True),
+        (Beat(Stage.BUILDING, "engine"), 0.0, 10 * HANG + 1, True),
+        (Beat(Stage.CLOSING, "closing"), 1.0, HANG + 1, True),
     ],
 )
-def test_a_host_that_computes_without_end_is_lost(beat, stuck):
-    state = running(host("a1"), host("b1"))
-    commands = decide(state, BeatHeard("b1", beat), 100.1)
+def test_a_host_that_does_not_move_is_lost_unless_it_waits(beat, longest, still, stuck):
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0 - still, longest=longest))
+    state.hosts["b1"].beat = beat
+    commands = decide(state, Tick(), 100.0)
     assert bool(of(KillHost, commands)) == stuck
-    assert state.hosts["b1"].reason == (f"no progress in a step for {beat.seconds:.0f} seconds" if stuck else "")
+    doing = "a step" if beat.stage is Stage.STEPPING else beat.activity
+    assert state.hosts["b1"].reason == (f"no progress in {doing} for {still:.0f} seconds" if stuck else "")
+
+
+def test_a_step_of_an_hour_is_no_hang_while_its_micro_batches_are_made():
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
+    for pass_ in range(180):  # of 20 seconds
+        beats = {name: Beat(Stage.STEPPING, membership=1, progress=pass_) for name in ("a1", "b1")}
+        assert not of(KillHost, passing(state, 120.0 + 20 * pass_, beats))
+    commands = passing(state, state.now + 21 * 20, {"a1": beats["a1"]} | {"b1": replace(beats["b1"], progress=999)})
+    assert [command.host for command in of(KillHost, commands)] == ["a1"]
+
+
+@pytest.mark.parametrize(("seconds", "lost"), [(10 * HANG - 1, False), (10 * HANG + 1, True)])
+def test_a_start_that_hangs_is_a_failed_start(seconds, lost):
+    state = known(host("a1"), host("b1", info=None, started=100.0 - seconds))
+    commands = decide(state, Tick(), 100.0)
+    assert [command.host for command in of(KillHost, commands)] == (["b1"] if lost else [])
+    if lost:
+        assert [failed.reason for failed in state.failed_starts] == ["not ready after 601 seconds"]
+
+
+def test_an_offer_that_never_comes_is_waited_for_no_longer():
+    state = known(host("a1"), host("b1"))
+    decide(state, Tick(), 100.1)
+    assert of(AskForOffer, answers(state, StateId(3, 1), None))
+    beats = {name: Beat(Stage.IDLE) for name in ("a1", "b1")}
+    assert not of(KillHost, passing(state, 100.0 + 10 * HANG, beats))
+    assert [command.host for command in of(KillHost, passing(state, 102.0 + 10 * HANG, beats))] == ["a1"]
+
+
+@pytest.mark.parametrize(
+    ("beats", "stalled"),
+    [
+        ({"a1": True, "b1": True}, False),  # all answer; below it is told how long they may wait
+        ({"a1": True}, True),  # b1 says nothing: its plug was pulled
+        ({"a1": False}, False),  # a1 computes: nobody is waited for yet
+    ],
+)
+def test_a_membership_that_waits_for_a_silent_one_is_ended_and_its_survivor_kept(beats, stalled):
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0), hang_timeout_s=60)
+    heard = {name: Beat(Stage.STEPPING, membership=1, waiting=waiting) for name, waiting in beats.items()}
+    commands = passing(state, 100.0 + SILENT_SECONDS + ABORT_SECONDS + 2, heard)
+    assert not of(KillHost, commands)
+    assert {command.host for command in of(Abort, commands)} == ({"a1", "b1"} if stalled else set())
+    if stalled:
+        commands = decide(state, MemberEnded("a1", Outcome("broken", 5, "A worker is gone")), state.now + 0.1)
+        commands += passing(state, state.now + 1, {"a1": Beat(Stage.IDLE, held=StateId(5, 1))})
+        assert state.hosts["b1"].given_up is not None
+        assert of(AskForOffer, commands) or isinstance(state.phase, Gathering | Questioning)
+
+
+def test_members_that_all_wait_for_each_other_without_an_end_are_told_to_stop():
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
+    beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True) for name in ("a1", "b1")}
+    assert not of(Abort, passing(state, 100.0 + STALL_SECONDS, beats))
+    assert len(of(Abort, passing(state, 100.0 + STALL_SECONDS + ABORT_SECONDS + 2, beats))) == 2
+
+
+def test_a_slow_exchange_is_no_stall():
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
+    for piece in range(20):
+        beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True, progress=piece) for name in ("a1", "b1")}
+        assert not of(Abort, passing(state, 110.0 + 10 * piece, beats))
 
 
 def test_a_survivor_that_waited_for_a_lost_one_is_not_taken_for_stuck():
@@ -193,17 +281,22 @@ def test_a_survivor_that_waited_for_a_lost_one_is_not_taken_for_stuck():
     assert not of(KillHost, decide(state, BeatHeard("a1", Beat(Stage.STEPPING, seconds=1000.0)), 100.2))
 
 
-@pytest.mark.parametrize(
-    ("silent_s", "ticks", "lost"), [(HANG - 1, 2, False), (HANG + 1, 1, False), (HANG + 1, 2, True)]
-)
-def test_a_silent_host_is_lost_unless_nobody_listened(silent_s, ticks, lost):
-    """The first tick comes late, as where the coordinator's own machine was suspended: answers wait to be heard."""
+@pytest.mark.parametrize(("silent_s", "lost"), [(HANG - 1, False), (HANG + 2, True)])
+def test_a_silent_host_is_lost(silent_s, lost):
     state = running(host("a1"), host("b1", asked=True))
-    now = 100.0 + silent_s
-    for tick in range(ticks):
-        decide(state, BeatHeard("a1", Beat(Stage.STEPPING, membership=1)), now + tick / 2)
-        commands = decide(state, Tick(), now + tick / 2)
+    commands = passing(state, 100.0 + silent_s, {"a1": Beat(Stage.STEPPING, membership=1, waiting=False)})
     assert [command.host for command in of(KillHost, commands)] == (["b1"] if lost else [])
+
+
+def test_the_pause_of_a_coordinator_that_was_itself_stopped_is_nobodys_silence():
+    """Its machine was suspended for an hour; answers wait to be heard, and nobody has moved since."""
+    state = running(
+        host("a1", moved=100.0, longest=1.0), host("b1", asked=True), others=(host("c1", info=None, started=99.0),)
+    )
+    commands = [*decide(state, Tick(), 3700.0), *decide(state, Tick(), 3700.5)]
+    assert not of(KillHost, commands)
+    assert not of(Abort, commands)
+    assert all(state.answers(each) for each in state.hosts.values())
 
 
 def test_a_question_that_a_host_leaves_open_stays_the_only_one():
@@ -222,39 +315,79 @@ def test_an_answer_that_comes_late_is_still_news():
     assert state.hosts["a1"].answered == 102.2
 
 
-def test_hosts_are_asked_before_they_are_counted_on_and_the_last_rank_0_offers_the_state():
-    state = known(host("a1"), host("b1"), host("c1"), seats="bc")
+def answers(state: Known, *held: StateId | None) -> list:
+    """All hosts that were asked say, in order, what they hold; returns the commands after the last answer."""
+    for name, each in zip(list(state.hosts), held, strict=True):
+        commands = decide(state, BeatHeard(name, Beat(Stage.IDLE, held=each)), 100.2)
+    return commands
+
+
+def test_hosts_are_asked_before_they_are_counted_on_and_one_without_a_seat_may_offer_the_state():
+    state = known(host("a1", beat=Beat(held=StateId(9, 4))), host("b1"), host("c1"), seats="bc")
     state.number, state.holder = 4, state.hosts["a1"]  # its seat is gone, it still has the state
     assert of(AskForBeat, decide(state, Tick(), 100.1)) == [AskForBeat("a1"), AskForBeat("b1"), AskForBeat("c1")]
     assert isinstance(state.phase, Questioning)
-    assert decide(state, BeatHeard("b1", Beat(Stage.IDLE, held=9)), 100.2) == []
+    assert decide(state, BeatHeard("b1", Beat(Stage.IDLE, held=StateId(7, 4))), 100.2) == []
     commands = decide(state, BeatHeard("c1", Beat(Stage.IDLE)), 100.2)
-    assert commands == [AskForOffer("a1", copies=True)]
-    assert decide(state, Offered("a1", 7), 100.3) == [AskForAddress("b1")]
+    assert commands == [AskForOffer("a1", copy="always")]
+    assert decide(state, Offered("a1", StateId(9, 4), copied=True), 100.3) == [AskForAddress("b1")]
     commands = decide(state, AddressGiven("b1", ("b", 1)), 100.4)
     runs = of(RunMember, commands)
     assert [(run.host, run.rank, run.given) for run in runs] == [("b1", 0, True), ("c1", 1, True)]
     assert runs[0].membership.number == 5
-    assert runs[0].membership.source == "a1"
+    assert runs[0].membership.start == StateId(9, 4)
     assert state.holder is state.hosts["b1"]
 
 
 def test_a_source_that_trains_on_is_rank_0_and_is_given_nothing():
-    state = known(host("a1"), host("b1", beat=Beat(Stage.IDLE, held=3)))
+    state = known(host("a1"), host("b1"))
     state.number = 4
     decide(state, Tick(), 100.1)
-    for name in "a1", "b1":
-        commands = decide(state, BeatHeard(name, state.hosts[name].beat), 100.2)
-    assert commands == [AskForOffer("b1", copies=True)]
-    decide(state, Offered("b1", 3), 100.3)
+    assert answers(state, None, StateId(3, 4)) == [AskForOffer("b1", copy="always")]
+    decide(state, Offered("b1", StateId(3, 4), copied=True), 100.3)
     commands = decide(state, AddressGiven("b1", ("b", 1)), 100.4)
     assert [(run.host, run.given) for run in of(RunMember, commands)] == [("b1", False), ("a1", True)]
+
+
+@pytest.mark.parametrize(
+    ("held", "source", "given"),
+    [
+        ((StateId(7, 2), StateId(7, 2), StateId(7, 2)), "b1", []),  # survivors: nobody needs a copy
+        ((StateId(8, 2), StateId(8, 2), StateId(7, 2)), "b1", ["c1"]),  # one had not made the last step
+        ((StateId(7, 2), StateId(7, 1), StateId(7, 2)), "a1", ["b1"]),  # the same step, but of another membership
+        ((StateId(7, 2), None, StateId(7, 2)), "a1", ["b1"]),  # a spare
+        ((StateId(8, 2), StateId(7, 2), StateId(7, 2)), "a1", ["b1", "c1"]),  # before the last rank 0
+        ((None, None, None), "b1", []),  # a fresh start
+    ],
+)
+def test_who_has_the_newest_state_offers_it_and_only_those_are_given_it_that_hold_another(held, source, given):
+    state = known(host("a1"), host("b1"), host("c1"), seats="abc", num_workers=(1, 3))
+    state.number, state.holder = 2, state.hosts["b1"]
+    decide(state, Tick(), 100.1)
+    copy = "always" if given or held[0] is None else "if new"
+    assert answers(state, *held) == [AskForOffer(source, copy=copy)]
+    newest = max((each for each in held if each is not None), default=None)
+    decide(state, Offered(source, newest, copied=bool(given)), 100.3)
+    runs = of(RunMember, decide(state, AddressGiven(source, ("b", 1)), 100.4))
+    assert runs[0].host == source
+    assert [run.host for run in runs if run.given] == given
+    assert {run.membership.start for run in runs} == {newest}
+
+
+def test_a_state_that_is_newer_than_was_told_is_asked_for_again_with_copies():
+    state = known(host("a1"), host("b1"))
+    decide(state, Tick(), 100.1)
+    assert answers(state, StateId(7, 2), StateId(7, 2)) == [AskForOffer("a1", copy="if new")]
+    assert decide(state, Offered("a1", StateId(8, 2)), 100.3) == [AskForAddress("a1")]
+    assert decide(state, AddressGiven("a1", ("a", 1)), 100.4) == [AskForOffer("a1", copy="always")]
+    commands = decide(state, Offered("a1", StateId(8, 2), copied=True), 100.5)
+    assert [(run.host, run.given) for run in of(RunMember, commands)] == [("a1", False), ("b1", True)]
 
 
 def test_a_host_alone_offers_no_copies():
     state = known(host("a1"), seats="a")
     decide(state, Tick(), 100.1)
-    assert decide(state, BeatHeard("a1", Beat(Stage.IDLE)), 100.2) == [AskForOffer("a1", copies=False)]
+    assert decide(state, BeatHeard("a1", Beat(Stage.IDLE)), 100.2) == [AskForOffer("a1", copy="never")]
 
 
 def test_a_host_that_dies_while_it_offers_forms_nothing():
@@ -371,10 +504,10 @@ def test_hosts_without_a_seat_end_once_the_members_have_the_state_and_theirs_is_
 
 def test_a_host_that_cannot_write_what_it_has_is_ended_all_the_same():
     state = running(host("a1"), host("b1"), others=(host("c1", ending=100.0, answered=100.0),))
-    assert not of(KillHost, decide(state, Tick(), 100.0 + HANG))
-    for name in "a1", "b1", "c1":
-        decide(state, BeatHeard(name, Beat(Stage.STEPPING, membership=1)), 100.0 + FLUSH_SECONDS)
-    commands = decide(state, Tick(), 100.5 + FLUSH_SECONDS)
+    beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True) for name in ("a1", "b1")} | {"c1": Beat(Stage.IDLE)}
+    beats["a1"] = replace(beats["a1"], waiting=False)
+    assert not of(KillHost, passing(state, 100.0 + FLUSH_SECONDS, beats))
+    commands = passing(state, 101.0 + FLUSH_SECONDS, beats)
     assert of(KillHost, commands) == [KillHost("c1", "c", None)]
 
 

@@ -4,7 +4,7 @@ real ones, and time, hosts and nodes are made up."""
 import pytest
 from simulated_hosts import Simulation
 
-from cluster.elastic.decisions.commands import KillHost
+from cluster.elastic.decisions.commands import AskForOffer, KillHost
 from cluster.elastic.decisions.known import ANSWER_SECONDS, WATCH_SECONDS
 from cluster.elastic.decisions.observations import HostFailed
 from cluster.elastic.decisions.staffing import RETRY_SECONDS
@@ -47,7 +47,8 @@ def test_a_node_that_comes_and_one_that_is_to_go_break_nothing(simulation):
     first = simulation.memberships[2].members[0]
     simulation.draining.add(first.node)
     simulation.until(simulation.formed(3))
-    assert simulation.memberships[3].source == first.host  # it offers what it has before it goes
+    asked = [command.host for _, command in simulation.done if isinstance(command, AskForOffer)]
+    assert asked[-1] == first.host  # it offers what it has before it goes
     assert first.host not in {member.host for member in simulation.memberships[3].members}
     simulation.until(lambda: simulation.hosts[first.host].killed)
     assert not any("interrupted" in message for message in simulation.messages())
@@ -98,7 +99,7 @@ def test_no_host_starts_on_a_dead_node_and_one_that_just_did_ends_nothing(simula
     started = len(simulation.hosts)
     simulation.run(30)
     assert len(simulation.hosts) == started
-    survivor.seconds = 1000.0  # without a step: the watch still looks at hosts
+    survivor.moves = False  # the watch still looks at hosts
     simulation.until(lambda: survivor.killed)
     simulation.until(simulation.formed(3))
     assert simulation.nodes(3) == {"a"}

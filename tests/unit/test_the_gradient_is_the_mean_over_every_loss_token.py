@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
 from doge.model.modeling import build_model
+from doge.training.communicator import Communicator
 from doge.training.deepspeed_internals import import_deepspeed
-from doge.training.engine import Engine, EngineRecipe
+from doge.training.engine import Engine
+from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import TensorBatch
 from doge.training.optimizer import OptimizerRecipe
-from doge.training.process_group import leave
+from doge.training.process_group import be_alone, leave
 from doge.training.state.train_state import TrainState
 
 pytestmark = pytest.mark.slow
@@ -26,6 +29,8 @@ MODEL = ModelRecipe(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=LENGTH, keep_window_size=LENGTH,
 )  # fmt: skip
+REPLICAS = 4  # in place of a ZeRO stage: every rank holds the whole state
+STAGES = (*range(4), REPLICAS)
 # Uneven in sequences and, with the labels below, more so in tokens; one rank has nothing.
 SHARES = {1: [(0, 8)], 2: [(0, 3), (3, 8)], 3: [(0, 1), (1, 8), (8, 8)]}
 
@@ -87,7 +92,7 @@ def plain_run() -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     return results, gradient
 
 
-def run_groups(rank: int, folder: str, groups: list[tuple[int, list[tuple[str, int, str, str | None]]]]) -> None:
+def run_groups(rank: int, folder: str, groups: list[tuple[int, list[tuple[str, int, str, str | None]]]], ports) -> None:
     """One process, in each group in turn that is large enough to have it: (workers, what to run there)."""
     torch.set_num_threads(1)
     import_deepspeed(torch.device("cpu"))
@@ -99,19 +104,32 @@ def run_groups(rank: int, folder: str, groups: list[tuple[int, list[tuple[str, i
             store = torch.distributed.FileStore(f"{folder}/store-{world_size}", world_size)
             torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
             for run in runs:
-                run_steps(rank, world_size, folder, *run)
+                if run[1] != REPLICAS:
+                    run_steps(rank, world_size, folder, *run)
             leave()
+            be_alone(torch.device("cpu"))
+            for run in runs:
+                if run[1] == REPLICAS:
+                    replicas = Communicator(rank, world_size, ("127.0.0.1", ports.pop(0)))
+                    run_steps(rank, world_size, folder, *run, replicas=replicas)
+                    replicas.close()
+            leave()
+        else:
+            del ports[: sum(run[1] == REPLICAS for run in runs)]
 
 
 def run_steps(
-    rank: int, world_size: int, folder: str, name: str, stage: int, precision: str, start: str | None
+    rank: int, world_size: int, folder: str, name: str, stage: int, precision: str, start: str | None, replicas=None
 ) -> None:
     """Train, from a state if one is named, and save results and the middle state."""
     state = TrainState(**torch.load(f"{folder}/{start}.state")) if start else None
-    engine = Engine(OBJECTIVE, OPTIMIZER, EngineRecipe(stage, precision), torch.device("cpu"), state)
+    recipe = EngineRecipe(1 if replicas else stage, precision)
+    engine = Engine(OBJECTIVE, OPTIMIZER, recipe, torch.device("cpu"), state, replicas)
+    assert (engine.rank, engine.world_size) == (rank, world_size)
     results, states = [], {}
     for step in range(engine.step_count, STEPS):
-        result = engine.step(*share(step, rank, world_size, stage >= 2), lr_factor(step), gather=[rank, step + 0.5])
+        equal = engine.equal_micro_batches
+        result = engine.step(*share(step, rank, world_size, equal), lr_factor(step), gather=[rank, step + 0.5])
         assert result.gathered == [[other, step + 0.5] for other in range(world_size)]
         assert result.micro_batch_limit is None
         results.append((result.loss, result.grad_norm))
@@ -131,12 +149,13 @@ def run_steps(
 
 
 FRESH = [(f"zero{stage}-{precision}", stage, precision, None)
-         for stage in range(4) for precision in ("fp32", "bf16") if (stage, precision) != (0, "bf16")]  # fmt: skip
+         for stage in STAGES for precision in ("fp32", "bf16") if (stage, precision) != (0, "bf16")]  # fmt: skip
 # (workers, stage) to (workers, stage); groups run in the order of ``ORDER``, so that each state is there in time.
 ORDER = (1, 3, 2)
 MOVES = [
     ((1, 2), (3, 0)), ((1, 3), (3, 1)), ((1, 0), (3, 2)), ((1, 1), (3, 3)),
     ((3, 2), (2, 0)), ((3, 3), (2, 1)), ((3, 1), (2, 3)), ((3, 0), (2, 2)), ((1, 1), (2, 1)),
+    ((1, 2), (3, REPLICAS)), ((3, REPLICAS), (2, REPLICAS)), ((3, REPLICAS), (2, 1)),
 ]  # fmt: skip
 
 
@@ -156,7 +175,8 @@ def results(tmp_path_factory) -> dict[str, dict]:
             if target[0] == world_size:
                 runs.append((move_name(source, target), target[1], "fp32", f"{source[0]}-zero{source[1]}-fp32"))
         groups.append((world_size, runs))
-    multiprocessing.spawn(run_groups, (str(folder), groups), nprocs=max(ORDER))
+    ports = [free_address("127.0.0.1")[1] for _, runs in groups for run in runs if run[1] == REPLICAS]
+    multiprocessing.spawn(run_groups, (str(folder), groups, ports), nprocs=max(ORDER))
     return {path.stem: torch.load(path) for path in folder.glob("*.results")}
 
 
@@ -166,7 +186,7 @@ def expected():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_gradient_of_uneven_shares_is_that_of_a_single_process(results, expected, world_size, stage):
     found = results[f"{world_size}-zero{stage}-fp32"]["gradient"]
     assert found.keys() == expected[1].keys()
@@ -176,13 +196,13 @@ def test_the_gradient_of_uneven_shares_is_that_of_a_single_process(results, expe
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_uneven_shares_give_the_single_process_steps(results, expected, world_size, stage):
     for found, wanted in zip(results[f"{world_size}-zero{stage}-fp32"]["steps"], expected[0], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3, REPLICAS])
 def test_bf16_follows_closely_with_fp32_master_weights(results, expected, stage):
     for found, wanted in zip(results[f"2-zero{stage}-bf16"]["steps"], expected[0], strict=True):
         assert found[0] == pytest.approx(wanted[0], rel=2e-3)

@@ -5,6 +5,7 @@ A command that asks something of a host is answered by the observation that it n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.elastic.events import Event
 from cluster.elastic.membership import Membership
@@ -38,16 +39,19 @@ class AskForBeat:
     host: str
 
 
+Copy = Literal["always", "if new", "never"]
+
+
 @dataclass(frozen=True)
 class AskForOffer:
     """Ask a host for the newest state that it or the storage has; `Offered` answers.
 
     Args:
-        copies: whether other hosts need the state.
+        copy: whether other hosts need the state; ``if new`` if it is another than the one that this host holds.
     """
 
     host: str
-    copies: bool
+    copy: Copy
 
 
 @dataclass(frozen=True)

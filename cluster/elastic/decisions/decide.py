@@ -80,7 +80,7 @@ def _hear(known: Known, host: HostRecord, observation: FromHost) -> Commands:
         case HostFailed():
             yield from host_failed(known, host, observation)
         case BeatHeard():
-            yield from beat_heard(known, host, observation)
+            beat_heard(known, host, observation)
         case Offered():
             yield from offered(known, host, observation)
         case AddressGiven():

@@ -3,12 +3,26 @@
 from collections import Counter
 
 from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Finish, Post, StopRun
-from cluster.elastic.decisions.known import Gathering, HostRecord, Known, Over, Running
+from cluster.elastic.decisions.known import (
+    WATCH_SECONDS,
+    Gathering,
+    HostRecord,
+    Known,
+    Over,
+    Pausing,
+    Running,
+    Trouble,
+)
 from cluster.elastic.decisions.observations import MemberEnded
 from cluster.elastic.decisions.staffing import end_surplus, mark_lost, start_missing, wanted
-from cluster.elastic.decisions.watching import grace
+from cluster.elastic.decisions.watching import grace, stalled
 from cluster.elastic.events import Message
+from cluster.elastic.membership import Outcome, node_name
+from doge.common.words import duration
 
+RECYCLES = 2  # memberships in a row that a place may break before it is left out
+BARRED_SECONDS, LONGEST_BARRED_SECONDS = 600.0, 7200.0  # that it is left out for
+PAUSE_SECONDS = 30.0  # the longest one between attempts
 ABORT_SECONDS = 1.0  # from a loss until the members that have not noticed it are told
 
 
@@ -18,7 +32,7 @@ def member_ended(known: Known, host: HostRecord, ended: MemberEnded) -> None:
     if isinstance(phase, Running) and host in phase.pending:
         phase.pending.remove(host)
         phase.outcomes[host] = ended.outcome
-        if phase.ended_at is None and ended.outcome.kind in ("broken", "full", "stopped"):
+        if phase.ended_at is None and ended.outcome.kind not in ("finished", "left"):
             phase.ended_at = known.now
 
 
@@ -28,6 +42,8 @@ def oversee(known: Known, phase: Running) -> Commands:
         phase.pending.remove(host)
         if phase.ended_at is None:
             phase.ended_at = known.now
+    if phase.ended_at is None and stalled(known, phase.pending):
+        phase.ended_at = known.now
     if phase.pending and phase.ended_at is None:
         yield from _keep_fitting(known, phase)
         return
@@ -90,20 +106,62 @@ def _judge(known: Known, phase: Running) -> Commands:
     reached = max([phase.first, *(outcome.step for outcome in outcomes), *beats])
     progress = reached > known.reached
     known.reached = max(known.reached, reached)
-    lost = [host for host in known.hosts.values() if host.lost]
-    for host in lost:
+    lost = [host for host in phase.members if host.lost]
+    failed = {host: phase.outcomes[host] for host in phase.members if _is_own(phase.outcomes.get(host))}
+    yield from _recycle(known, failed)
+    for host in [host for host in known.hosts.values() if host.lost]:
         del known.hosts[host.name]
     known.phase = Gathering()
     if outcomes and kinds["left"] == len(outcomes):
         return
     reasons = [outcome.reason for outcome in outcomes if outcome.kind == "full"]
+    reasons += [outcome.reason.rstrip(".") for outcome in failed.values()]
     reasons += [f"a worker was lost ({host.reason})" for host in lost]
     reasons += [outcome.reason for outcome in outcomes if outcome.kind == "broken"]
     reasons = reasons or ["a worker does not answer"]
     yield Post(Message(f"Step {reached + 1:,} was interrupted: {reasons[0]}."))
     if progress:
         known.failures = -1
+        for host in phase.members:
+            known.troubles.pop(host.place, None)
+    culprits = {host: host.reason for host in lost} | {host: outcome.reason for host, outcome in failed.items()}
+    if len(culprits) < len(phase.members):  # what befalls all is no single machine's trouble
+        yield from _blame(known, culprits)
     yield from note_failure(known, reasons[0])
+    if kinds["unable"] and not known.stopped:
+        known.phase = Pausing(known.now + pause_seconds(known))
+
+
+def _is_own(outcome: Outcome | None) -> bool:
+    """Whether a host ended its membership by an error of its own, of which others' are symptoms."""
+    return outcome is not None and outcome.kind in ("failed", "unable")
+
+
+def _recycle(known: Known, failed: dict[HostRecord, Outcome]) -> Commands:
+    """End the processes whose errors nobody foresaw: another one may do better in their place."""
+    for host, outcome in failed.items():
+        if outcome.kind == "failed":
+            yield from mark_lost(known, host, outcome.reason)
+
+
+def _blame(known: Known, culprits: dict[HostRecord, str]) -> Commands:
+    """Leave a place out for a while where hosts broke several memberships in a row, unless it is needed."""
+    for place, host in {host.place: host for host in culprits}.items():
+        trouble = known.troubles.setdefault(place, Trouble())
+        trouble.failures += 1
+        trouble.reason = culprits[host].rstrip(".")
+        others = sum(number for other, number in known.places().items() if other != place)
+        if trouble.failures > RECYCLES and others >= known.enough:
+            again = trouble.failures - RECYCLES - 1
+            seconds = min(BARRED_SECONDS * 2.0**again, LONGEST_BARRED_SECONDS)
+            trouble.until = known.now + seconds
+            machine = host.info.machine if host.info is not None else ""
+            yield Post(
+                Message(
+                    f"The worker on {node_name(machine, host.node)} is left out for {duration(seconds)}: it broke "
+                    f"{trouble.failures} memberships in a row ({trouble.reason})."
+                )
+            )
 
 
 def note_failure(known: Known, reason: str) -> Commands:
@@ -115,6 +173,11 @@ def note_failure(known: Known, reason: str) -> Commands:
             "run the same command to resume from the last checkpoint."
         )
         yield from over(known)
+
+
+def pause_seconds(known: Known) -> float:
+    """How long to wait before another attempt, ever longer with failures in a row."""
+    return min(WATCH_SECONDS * 2.0 ** min(known.failures, 9), PAUSE_SECONDS)
 
 
 def over(known: Known) -> Commands:

@@ -1,10 +1,9 @@
 """From hosts to a membership: whether there are enough, whether they answer, whose state they start from."""
 
 from cluster.elastic.decisions.commands import AskForAddress, AskForOffer, Commands, Post, RunMember, StopRun
-from cluster.elastic.decisions.ending import note_failure, over
+from cluster.elastic.decisions.ending import note_failure, over, pause_seconds
 from cluster.elastic.decisions.known import (
     ANSWER_SECONDS,
-    WATCH_SECONDS,
     Forming,
     Gathering,
     HostRecord,
@@ -17,9 +16,9 @@ from cluster.elastic.decisions.observations import AddressGiven, Offered
 from cluster.elastic.decisions.staffing import free_gpus, hopeless, start_missing, wanted
 from cluster.elastic.decisions.watching import ask_for_beat
 from cluster.elastic.events import HostJoined, MembershipFormed, Message
-from cluster.elastic.membership import Member, Membership, node_name
+from cluster.elastic.membership import Member, Membership, StateId, node_name
 
-PAUSE_SECONDS = 30.0  # the longest one between attempts to form a membership
+NOTHING = StateId(-1)
 
 
 def gather(known: Known) -> Commands:
@@ -32,6 +31,8 @@ def gather(known: Known) -> Commands:
         yield StopRun(f"No process for the workers could be started: {reason}.")
         yield from over(known)
         return
+    if sum(known.places().values()) < known.enough:
+        known.troubles.clear()  # who is left must do
     hosts = wanted(known)
     # Before the first membership, hosts that are still starting are waited for.
     if known.seats and len(hosts) >= known.enough and (known.number > 0 or not known.starting()):
@@ -54,15 +55,15 @@ def question(known: Known, phase: Questioning) -> Commands:
         hosts = [source, *(host for host in hosts if host is not source)]
     source.busy = True
     known.phase = Forming(hosts, source, known.now)
-    yield AskForOffer(source.name, copies=hosts != [source])
+    others = [host for host in hosts if host is not source]
+    alike = all(host.beat.held == source.beat.held is not None for host in others)
+    yield AskForOffer(source.name, copy="never" if not others else "if new" if alike else "always")
 
 
 def _newest(known: Known, hosts: list[HostRecord]) -> HostRecord:
-    """The host to take the state from: the last rank 0, also one that is about to go, or the one with the newest."""
+    """The host to take the state from, also one that is about to go: the one with the newest, the last rank 0 first."""
     idle = [host for host in known.hosts.values() if host.ready and not host.busy and known.answers(host)]
-    if known.holder in idle:
-        return known.holder
-    return max(idle or hosts, key=lambda host: (host.beat.held, host in hosts))
+    return max(idle or hosts, key=lambda host: (host.beat.held or NOTHING, host is known.holder, host in hosts))
 
 
 def offered(known: Known, host: HostRecord, offer: Offered) -> Commands:
@@ -88,14 +89,24 @@ def form(known: Known, phase: Forming) -> Commands:
     elif phase.offer and phase.offer.trouble:
         yield from _could_not_meet(known, phase.offer.trouble)
     elif phase.offer and phase.address:
+        if phase.offer.state and not phase.offer.copied and not all(_holds(host, phase) for host in phase.hosts):
+            phase.offer, phase.source.busy = None, True  # a beat told of an older state
+            yield AskForOffer(phase.source.name, copy="always")
+            return
         yield from _formed(known, phase, phase.offer, phase.address)
+
+
+def _holds(host: HostRecord, phase: Forming) -> bool:
+    """Whether a host needs no copy of the state on offer."""
+    assert phase.offer is not None
+    return host is phase.source or phase.offer.state in (None, host.beat.held)
 
 
 def _could_not_meet(known: Known, reason: str) -> Commands:
     yield Post(Message(f"The workers could not meet: {reason}"))
     yield from note_failure(known, reason)
     if isinstance(known.phase, Forming):  # it was not one failure too many
-        known.phase = Pausing(known.now + min(WATCH_SECONDS * 2 ** min(known.failures, 9), PAUSE_SECONDS))
+        known.phase = Pausing(known.now + pause_seconds(known))
 
 
 def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, int]) -> Commands:
@@ -105,12 +116,13 @@ def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, in
         assert host.info is not None, "a host that was asked to train is ready"
         if host.gpus is None:
             host.gpus = free_gpus(known, host, phase.hosts)
-        members.append(Member(host.name, host.node, host.info.machine, host.gpus))
+        members.append(Member(host.name, host.node, host.info.cores or host.info.machine, host.gpus))
         if not host.used:
             host.used = True
             at = known.now if host.spare else host.started
             yield Post(HostJoined(host.name, node_name(host.info.machine, host.node), at))
-    known.reached = max(known.reached, offer.step)
+    step = offer.state.step if offer.state else 0
+    known.reached = max(known.reached, step)
     known.holder = phase.hosts[0]
     lost_s = None if known.lost_at is None else phase.since - known.lost_at
     known.lost_at = None
@@ -119,14 +131,14 @@ def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, in
             number=known.number,
             at=phase.since,
             world_size=len(members),
-            from_step=offer.step,
+            from_step=step,
             reached=known.reached,
             formed_s=known.now - phase.since,
             lost_s=lost_s,
         )
     )
-    membership = Membership(known.number, tuple(members), address, phase.source.name)
-    known.phase = Running(membership, phase.hosts, offer.step, pending=list(phase.hosts))
+    membership = Membership(known.number, tuple(members), address, offer.state)
+    known.phase = Running(membership, phase.hosts, step, pending=list(phase.hosts))
     for rank, host in enumerate(phase.hosts):
         host.busy = True
-        yield RunMember(host.name, membership, rank, given=host is not phase.source)
+        yield RunMember(host.name, membership, rank, given=not _holds(host, phase))

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 from cluster.elastic.decisions.observations import Offered
 from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat
-from cluster.elastic.workload import Beat, Stage
+from cluster.elastic.workload import Beat
 from cluster.machines.scaling import ScalingRecipe
 
 WATCH_SECONDS = 0.5  # between two looks at nodes and hosts
 ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
+
+Place = tuple[str, tuple[str, ...]]  # a node and the GPUs of a seat there
 
 
 @dataclass(eq=False)
@@ -24,6 +26,8 @@ class HostRecord:
         gpus: ids of the GPUs that it is bound to; None before it is bound to any.
         info: what it said when it was ready.
         beat: the last one heard.
+        moved: when its progress or its activity last changed, as far as its beats tell.
+        longest: seconds between two changes within a step of its present membership, the longest so far.
         asked: whether it owes an answer to the question for its beat; no second one is asked meanwhile.
         busy: whether it owes an offer or an outcome, so that nothing else of its kind can be asked.
         used: whether it was in a membership.
@@ -42,6 +46,8 @@ class HostRecord:
     gpus: tuple[str, ...] | None = None
     info: HostInfo | None = None
     beat: Beat = field(default_factory=lambda: Beat(waiting=True))
+    moved: float = 0.0
+    longest: float = 0.0
     asked: bool = False
     busy: bool = False
     used: bool = False
@@ -55,9 +61,8 @@ class HostRecord:
         return self.info is not None and not self.lost
 
     @property
-    def computes(self) -> bool:
-        """Whether it is within a step and waits for nobody."""
-        return self.beat.stage is Stage.STEPPING and not self.beat.waiting
+    def place(self) -> Place:
+        return self.node, self.gpus or ()
 
 
 @dataclass
@@ -73,6 +78,20 @@ class Vacancy:
     failures: int = 0
     failed_at: float = float("-inf")
     retry_at: float = float("-inf")
+
+
+@dataclass
+class Trouble:
+    """Memberships in a row that the hosts at one place broke by themselves, without a new step.
+
+    Args:
+        until: no host trains there before.
+        reason: of the last of them.
+    """
+
+    failures: int = 0
+    until: float = float("-inf")
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -182,11 +201,12 @@ class Known:
         vacancies: failed starts by node and whether of a spare.
         failed_starts: failures that wait for news of their node.
         left_out: nodes on which no host can be started, and why.
+        troubles: of places whose hosts broke memberships.
         to_replace: hosts that were lost and in whose place none was started yet.
         number: of the latest membership.
         reached: the most steps that any membership has made.
         failures: memberships in a row that failed without a new step.
-        holder: host with the newest state: the last rank 0.
+        holder: the last rank 0; of equally new states, its own.
         lost_at: when the last membership broke; None once another was formed.
         stopped: whether the run must end.
     """
@@ -205,6 +225,7 @@ class Known:
     vacancies: dict[tuple[str, bool], Vacancy] = field(default_factory=dict)
     failed_starts: list[FailedStart] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    troubles: dict[Place, Trouble] = field(default_factory=dict)
     to_replace: int = 0
     number: int = 0
     reached: int = 0
@@ -223,6 +244,10 @@ class Known:
         """Hosts that a membership needs."""
         return max(1, min(self.scaling.min_workers, len(self.seats)))
 
+    def barred(self, place: Place) -> bool:
+        """Whether nobody trains at a place for now."""
+        return place in self.troubles and self.now < self.troubles[place].until
+
     def alive(self) -> list[HostRecord]:
         return [host for host in self.hosts.values() if not host.lost]
 
@@ -233,12 +258,16 @@ class Known:
         """Whether the host can be counted on right now."""
         return self.now - host.answered < ANSWER_SECONDS
 
-    def places(self) -> Counter[tuple[str, tuple[str, ...]]]:
-        """How many seats there are at every (node, GPUs)."""
-        return Counter((seat.node, seat.gpus) for seat in self.seats)
+    def places(self) -> Counter[Place]:
+        """How many seats there are at every place that is not barred."""
+        places = Counter((seat.node, seat.gpus) for seat in self.seats)
+        return Counter({place: number for place, number in places.items() if not self.barred(place)})
 
     def seats_by_node(self) -> Counter[str]:
-        return Counter(seat.node for seat in self.seats)
+        seats: Counter[str] = Counter()
+        for (node, _), number in self.places().items():
+            seats[node] += number
+        return seats
 
     def vacancy(self, node: str, spare: bool) -> Vacancy:
         return self.vacancies.setdefault((node, spare), Vacancy())

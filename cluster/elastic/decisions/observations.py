@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.elastic.membership import HostInfo, Outcome, Seat
+from cluster.elastic.membership import HostInfo, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat
 
 
@@ -81,12 +81,14 @@ class Offered(FromHost):
     """Answer to `AskForOffer`.
 
     Args:
-        step: steps made in the state on offer.
+        state: id of the state on offer; None for a fresh start.
         trouble: storage error; if set, there is no offer.
+        copied: whether there is a copy for other hosts.
     """
 
-    step: int = 0
+    state: StateId | None = None
     trouble: str = ""
+    copied: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,15 @@ def _start(known: Known, node: str, spare: bool) -> Commands:
     name = f"{node[:6]}-{known.names}"
     replaces = known.to_replace > 0
     known.to_replace -= replaces
-    known.hosts[name] = HostRecord(name, node, spare, started=known.now, answered=known.now, replaces=replaces)
+    known.hosts[name] = HostRecord(
+        name, node, spare, started=known.now, answered=known.now, moved=known.now, replaces=replaces
+    )
     yield Post(HostStarting(name, replaces, known.now))
     yield StartHost(name, node)
 
 
 def host_prepared(known: Known, host: HostRecord, prepared: HostPrepared) -> Commands:
-    host.info = prepared.info
+    host.info, host.moved = prepared.info, known.now
     known.vacancy(host.node, host.spare).failures = 0
     yield Post(HostStarted(host.name, known.now))
 

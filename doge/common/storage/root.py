@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-from doge.common.errors import UserError
+from doge.common.errors import MachineError, UserError
 from doge.common.storage.local_files import PARTIAL, commit, remove
 from doge.common.storage.remote_cache import RemoteCache
 from doge.common.storage.sentences import StorageError, in_sentences
@@ -231,7 +231,7 @@ def _open_root(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return filesystem, path
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or "the missing package"
-        raise UserError(
+        raise MachineError(
             f"The storage {root} cannot be opened ({error}): pip install {package} on every machine of the cluster."
         ) from error
     except Exception as error:  # each file system raises errors of its own

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from doge.common.errors import UserError
+from doge.common.errors import MachineError, UserError
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -14,7 +14,7 @@ _UNREACHABLE = {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.E
 }  # fmt: skip
 
 
-class StorageError(UserError):
+class StorageError(MachineError):
     """The storage cannot be used now: full, unreachable, vanished, or forbidden; trying again may help."""
 
 

@@ -130,6 +130,32 @@ def restore(engine: "DeepSpeedEngine", state: TrainState) -> None:
                 safe_set_full_optimizer_state(parameter, value, moment)
 
 
+@torch.no_grad()
+def overwrite(engine: "DeepSpeedEngine", state: TrainState) -> None:
+    """`restore`, for an engine alone in its group that holds another state: its weights and AdamW's count too."""
+    for name, parameter in engine.module.named_parameters():
+        parameter.copy_(state.parameters[name])
+    for values in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        values["step"].fill_(state.step)
+    restore(engine, state)
+
+
+def gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
+    """The fp32 gradients that an engine alone in its group has added up, to be changed in place before its step.
+
+    As many of the same shapes on every rank: parameters that its passes did not touch count as zero.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):  # ZeRO 1 in bf16
+        optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in optimizer.fp32_groups_gradients]
+        return list(optimizer.fp32_groups_gradients_flat)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
+
+
 def _named_parameters(engine: "DeepSpeedEngine") -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 

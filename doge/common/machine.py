@@ -1,0 +1,33 @@
+"""What tells machines and processes apart: host names and process ids are used twice."""
+
+import os
+
+
+def boot_id() -> str | None:
+    """Identifies this boot of this machine; None if unknown."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:  # no Linux
+        return None
+
+
+def cores_id() -> str:
+    """Identifies the cores that this process may run on: processes with one id share them."""
+    return f"{boot_id()}/{','.join(map(str, sorted(os.sched_getaffinity(0))))}"
+
+
+def process_space() -> str | None:
+    """Identifies within which a process id means one process: this boot and the namespace of its ids."""
+    boot = boot_id()
+    return None if boot is None else f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it has ended or is a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
