@@ -40,10 +40,12 @@ from cluster.elastic.decisions.observations import (
     NodesSeen,
     Observation,
     Offered,
+    RunInterrupted,
     RunStopped,
     SeatTaken,
     Tick,
 )
+from cluster.elastic.events import Message
 from cluster.elastic.host import kill_host, start_host
 from cluster.elastic.membership import Offer, Seat
 from cluster.elastic.workload import Job
@@ -52,6 +54,7 @@ from cluster.machines.scaling import ScalingRecipe
 from doge.common.errors import MachineError, UserError
 
 NAMESPACE = "doge"
+TELL_SECONDS = 30.0  # that Ray's own calls may fail before anybody is told
 
 
 class Coordinator:
@@ -79,6 +82,11 @@ class Coordinator:
     async def sit(self, seat: Seat) -> None:
         """A worker of Ray Train is there."""
         self._observed.put_nowait(SeatTaken(seat))
+
+    async def interrupt(self) -> None:
+        """Let the members commit their state and leave, and return when the run is over."""
+        self._observed.put_nowait(RunInterrupted())
+        await self._over.wait()
 
     async def over(self) -> None:
         """Return when the run is over."""
@@ -124,8 +132,9 @@ class Coordinator:
 
     async def _watch(self) -> None:
         while True:
-            if await self._board.stopped.remote() is not None:
-                self._observed.put_nowait(RunStopped())
+            with contextlib.suppress(ray.exceptions.ActorUnavailableError):  # it is asked again
+                if await self._board.stopped.remote() is not None:
+                    self._observed.put_nowait(RunStopped())
             self._observed.put_nowait(Tick())
             await asyncio.sleep(WATCH_SECONDS)
 
@@ -134,8 +143,8 @@ class Coordinator:
             case StartHost(host, node):
                 self._handles[host] = start_host(host, node)
                 self._begin(self._ask(host, self._handles[host].prepare.remote(self._job), HostPrepared))
-            case KillHost(host, node, pid):
-                kill_host(self._handles.pop(host), node, pid)
+            case KillHost(host, node, process):
+                kill_host(self._handles.pop(host), node, process)
             case AskForBeat(host):
                 self._begin(self._ask(host, self._handles[host].status.remote(), BeatHeard))
             case AskForOffer(host, copy):
@@ -184,7 +193,18 @@ class Coordinator:
         task.add_done_callback(self._errands.discard)
 
     async def _look_at_nodes(self, asked: float) -> None:
-        draining, dead = await asyncio.to_thread(draining_and_dead_nodes)
+        failing_since, told = None, False
+        while True:
+            try:
+                draining, dead = await asyncio.to_thread(draining_and_dead_nodes)
+                break
+            except Exception as error:  # Ray's head is slow, or starts anew: each kind of call has errors of its own
+                failing_since = failing_since or time.monotonic()
+                if not told and time.monotonic() - failing_since > TELL_SECONDS:
+                    told = True
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    self._board.post.remote(Message(f"Ray does not say which nodes there are ({reason}): asking on."))
+                await asyncio.sleep(WATCH_SECONDS)
         self._observed.put_nowait(NodesSeen(asked, frozenset(draining), frozenset(dead)))
 
 

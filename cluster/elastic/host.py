@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from cluster.elastic.decisions.commands import Copy
+from cluster.elastic.decisions.commands import Copy, Process
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
 from cluster.elastic.workload import Beat, Job, Workload
-from doge.common.machine import cores_id
+from doge.common.machine import cores_id, process_start
 from doge.common.network import free_address
 from doge.common.storage import StorageError
 
@@ -54,7 +54,8 @@ class Host:
         workload = job.open(self.name, self._leave)
         self._workload = workload
         workload.warm_up()
-        return HostInfo(os.getpid(), socket.gethostname(), ray.util.get_node_ip_address(), cores_id())
+        pid, ip = os.getpid(), ray.util.get_node_ip_address()
+        return HostInfo(pid, socket.gethostname(), ip, cores_id(), process_start(pid))
 
     @ray.method(concurrency_group="loop")
     def offer(self, copy: Copy) -> Offer:
@@ -128,17 +129,18 @@ def start_host(name: str, node: str) -> Any:
     )
 
 
-def kill_host(handle: Any, node: str = "", pid: int | None = None) -> None:
-    """End a host; with its node and its process's ``pid`` also one that is stopped, by a task there."""
+def kill_host(handle: Any, node: str = "", process: Process | None = None) -> None:
+    """End a host; with its node and its process also one that is stopped, by a task there."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with contextlib.suppress(Exception):
         ray.kill(handle)
 
-    def kill(pid: int) -> None:
+    def kill(pid: int, started: int | None) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            if started is None or process_start(pid) == started:
+                os.kill(pid, signal.SIGKILL)
 
-    if pid is not None:
+    if process is not None:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid)
+        ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*process)

@@ -104,12 +104,14 @@ class HostInfo:
     Args:
         machine: host name, for people.
         cores: id of the cores that it shares with the other hosts there.
+        started: when the process started, which tells it from a later one with its id.
     """
 
     pid: int
     machine: str
     ip: str
     cores: str = ""
+    started: int | None = None
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,11 @@ def _has_token() -> bool:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists()
 
 
-def resolve_seats(scaling: ScalingRecipe) -> tuple[SeatRequest, bool]:
+def resolve_seats(scaling: ScalingRecipe, most: int | None = None) -> tuple[SeatRequest, bool]:
     """The seats to ask for, and whether each has a GPU.
+
+    Args:
+        most: workers that there is work for; None is no bound.
 
     Raises UserError if the cluster cannot hold the smallest number of workers and the recipe does not wait.
     """
@@ -65,6 +68,7 @@ def resolve_seats(scaling: ScalingRecipe) -> tuple[SeatRequest, bool]:
         resources=resources,
         min_workers=scaling.min_workers,
         max_workers=scaling.max_workers,
+        most=most,
         wait_timeout_s=scaling.wait_timeout_s,
         one_per_node=scaling.num_workers is None and not use_gpu,
     )

@@ -34,7 +34,7 @@ class View:
         """Seats that there can be, where ``held`` counts those that a node has already."""
         each = [_fitting(request.resources, free) + held.get(node, 0) for node, free in self.free.items()]
         number = sum(min(seats, 1) if request.one_per_node else seats for seats in each)
-        return number if request.max_workers is None else min(number, request.max_workers)
+        return min([number, *(bound for bound in (request.max_workers, request.most) if bound is not None)])
 
 
 def look(busy: bool = True) -> View:

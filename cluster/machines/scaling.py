@@ -46,6 +46,11 @@ class ScalingRecipe:
             )
         if self.num_cpus_per_worker == 0 and not self.resources_per_worker and not self.use_gpu:
             raise UserError("scaling.num_cpus_per_worker may be 0 only for workers that reserve something else.")
+        if self.resources_per_worker.get("GPU", 1) != 1:
+            raise UserError(
+                f"scaling.resources_per_worker asks for {self.resources_per_worker['GPU']:g} GPU, but a worker takes "
+                "one whole GPU: leave GPU out, and set --scaling.use-gpu."
+            )
         if self.max_failures < -1:
             raise UserError(f"scaling.max_failures must be at least -1 (no limit), not {self.max_failures}.")
         for name in ("wait_timeout_s", "warm_spares"):
@@ -74,6 +79,7 @@ class SeatRequest:
         resources: that a seat reserves, such as ``{"CPU": 1, "GPU": 1}``; at least one is above 0.
         min_workers: below which the run waits.
         max_workers: at most; None takes all that the cluster has, and asks no autoscaler for more than ``min_workers``.
+        most: workers that there is work for, whatever the cluster has; None is no bound.
         wait_timeout_s: seconds to wait for room before the run fails.
         interval_s: seconds between two looks at the cluster while the seats are held.
         one_per_node: whether a node has room for one seat at most.
@@ -82,6 +88,7 @@ class SeatRequest:
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1})
     min_workers: int = 1
     max_workers: int | None = None
+    most: int | None = None
     wait_timeout_s: float = 600.0
     interval_s: float = 2.0
     one_per_node: bool = False

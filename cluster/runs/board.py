@@ -19,6 +19,7 @@ class Board:
         self._journaled = 0  # posts that are
         self._stopped: str | None = None
         self._unrecorded: str | None = None
+        self._publisher = 0  # the latest membership of which a member has begun to publish
         self._progress = asyncio.Condition()
 
     async def post(self, event: Event) -> None:
@@ -38,6 +39,14 @@ class Board:
         async with self._progress:
             await self._progress.wait_for(lambda: self._journaled >= posted)
         return self._unrecorded
+
+    async def may_publish(self, membership: int) -> bool:
+        """Whether a member of this membership may publish a checkpoint: no member of a later one has begun to.
+
+        A writer that was stopped, or was cut off, may come back when others have gone on without it.
+        """
+        self._publisher = max(self._publisher, membership)
+        return membership == self._publisher
 
     async def stop(self, reason: str, unrecorded: bool = False) -> None:
         """End the run for good; the first reason stays.

@@ -113,7 +113,7 @@ def devices_of_cluster(recipe: Recipe) -> list[str]:
     """The devices of the workers that the cluster to which this process is connected would have now."""
     from cluster.machines.nodes import look, possible_workers
 
-    seats, use_gpu = resolve_seats(recipe.scaling)
+    seats, use_gpu = resolve_seats(recipe.scaling, recipe.training.global_batch_size)
     room, free = possible_workers(seats), look(busy=False).free
     if not use_gpu:
         nodes = sorted((int(node.get("CPU", 1)) for node in free.values()), reverse=True)

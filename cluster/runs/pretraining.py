@@ -115,15 +115,15 @@ class Pretraining:
         console.table(recipe.plan())
         self._check_start()
         connect(recipe.scaling)
-        seats, use_gpu = resolve_seats(recipe.scaling)
-        with run.claim() as claim:
+        seats, use_gpu = resolve_seats(recipe.scaling, recipe.training.global_batch_size)
+        from cluster.machines.head_storage import share
+
+        storage = share(self.storage)
+        with run.claim(storage) as claim:
             plan = self._plan_data()
             with run.record():
-                from cluster.machines.head_storage import share
-
                 run.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
                 run.directory.write_bytes("data_plan", plan.fingerprint.encode())
-                storage = share(self.storage)
                 run.work(
                     lambda board: pretraining_job(recipe, plan, storage, claim, self.start_from, use_gpu, board),
                     seats,

@@ -40,6 +40,7 @@ def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None 
         recipe=to_dict(recipe),
         seed=training.seed,
         save_steps=training.save_steps,
+        save_seconds=training.save_seconds,
         save_total_limit=training.save_total_limit,
         logging_steps=training.logging_steps,
         micro_batch_size=training.micro_batch_size,

@@ -30,7 +30,9 @@ class TrainingRecipe:
     eval_steps: int = 500
     """Steps between two evaluations of the held-out loss."""
     save_steps: int = 200
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints, at most."""
+    save_seconds: float | None = 300.0
+    """Seconds between two checkpoints, at most; a slow machine would risk hours otherwise. ``null``: no bound."""
     save_total_limit: int = 2
     """Number of newest checkpoints to keep."""
     logging_steps: int = 10
@@ -50,6 +52,8 @@ class TrainingRecipe:
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"training.{name} must be at least 1, not {value}.")
+        if self.save_seconds is not None and not self.save_seconds > 0:
+            raise UserError(f"training.save_seconds must be above 0, or null for no bound, not {self.save_seconds:g}.")
 
 
 def _default_storage() -> str:
@@ -131,9 +135,9 @@ class Recipe:
 # Keys that may change when a run is resumed: no sample and no gradient depends on them, or they only say when to stop.
 _FREE = (
     "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
-    "training.save_steps", "training.save_total_limit", "training.logging_steps", "training.record_samples",
-    "training.gradient_checkpointing", "training.on_nonfinite", "lr_scheduler.decay_steps", "engine.", "scaling.",
-    "tracking.", "ledger.", "data.",
+    "training.save_steps", "training.save_seconds", "training.save_total_limit", "training.logging_steps",
+    "training.record_samples", "training.gradient_checkpointing", "training.on_nonfinite", "lr_scheduler.decay_steps",
+    "engine.", "scaling.", "tracking.", "ledger.", "data.",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A run of any workload as its driver sees it: one driver at a time, everything recorded, workers until it is done."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 OPENING_SECONDS = 15.0  # for MLflow to open before the run begins without it
 REPORT_SECONDS = 30.0  # for the ledger to take in the last events
+COMMIT_SECONDS = 25.0  # for the workers to commit once a user interrupted the run, or its machine is about to go
 INTERRUPTED_SECONDS = 5.0  # for every sink once a user interrupted the run
 
 
@@ -73,9 +75,15 @@ class Run:
         self._board: BoardActor | None = None
 
     @contextmanager
-    def claim(self) -> Iterator[Claim]:
-        """Be the run's only driver. Raises UserError where another one lives."""
-        with Lease(self.directory, f"the training of {self.config.name}", on_lost=self._stop) as lease:
+    def claim(self, storage: Storage | None = None) -> Iterator[Claim]:
+        """Be the run's only driver. Raises UserError where another one lives.
+
+        Args:
+            storage: root of everything durable, as workers on any node open it who check the claim; by default only
+                this process may.
+        """
+        directory = (storage or self.config.storage) / f"runs/{self.config.name}"
+        with Lease(directory, f"the training of {self.config.name}", on_lost=self._stop) as lease:
             yield lease.claim
 
     @contextmanager
@@ -155,8 +163,12 @@ class Run:
                 helper.start()
                 try:
                     conducted = coordinator.conduct.remote()
-                    trainer.fit()
-                    ray.get(conducted)
+                    with interrupted_by_sigterm():
+                        trainer.fit()
+                        ray.get(conducted)
+                except KeyboardInterrupt:
+                    self._commit_before_the_end(coordinator)
+                    raise
                 except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                     last = str(error).strip().splitlines()[-1]
                     board.stop(f"Ray ended the run ({last}): run the same command to resume.")
@@ -171,6 +183,21 @@ class Run:
                 self.post(WorkEnded(time.monotonic()))
             self._board = None
             board.close()
+
+    def _commit_before_the_end(self, coordinator: Any) -> None:
+        """Let the workers commit what they have, for a while; a second interruption ends that."""
+        import ray
+
+        self.console.say(
+            f"Interrupted: committing the last step, for at most {COMMIT_SECONDS:g} s (interrupt again to end at once)."
+        )
+        try:
+            with interrupted_by_sigterm():
+                ray.get(coordinator.interrupt.remote(), timeout=COMMIT_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            self.console.say("The last step could not be committed in time: the checkpoint before it is kept.")
+        except (KeyboardInterrupt, ray.exceptions.RayError):
+            self.console.say("The last step is not committed: the checkpoint before it is kept.")
 
     def report(self, step: int) -> Figures:
         """Record the run's figures at ``step`` and its timeline, and return the figures."""
@@ -223,6 +250,19 @@ class Run:
         """End the run for good, with a sentence."""
         if self._board is not None:
             self._board.stop(reason)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which job managers and machines that go announce themselves, be a KeyboardInterrupt inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unusable(journal: Journal, error: OSError) -> UserError:

@@ -69,7 +69,8 @@ class TrainingSettings:
         tokenizer: fingerprint of the tokenizer.
         recipe: the resolved recipe, which every checkpoint remembers.
         seed: seed of whatever is drawn for a unit.
-        save_steps: steps between two checkpoints.
+        save_steps: steps between two checkpoints, at most.
+        save_seconds: seconds between two, at most; None is no bound.
         save_total_limit: checkpoints that are kept, the newest.
         logging_steps: steps between two statistics of the experts.
         micro_batch_size: most units that a worker takes at once; None is what fits.
@@ -87,6 +88,7 @@ class TrainingSettings:
     recipe: dict[str, Any]
     seed: int = 0
     save_steps: int = 200
+    save_seconds: float | None = None
     save_total_limit: int = 2
     logging_steps: int = 10
     micro_batch_size: int | None = None

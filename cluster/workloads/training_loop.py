@@ -28,8 +28,9 @@ from doge.reporting.tracing import StepTrace
 from doge.training import process_group
 from doge.training.communicator import CommunicationError, Communicator
 from doge.training.engine import Engine
+from doge.training.memory import NothingFits
 from doge.training.micro_batch import micro_batch_size
-from doge.training.micro_batch_cache import MicroBatchCache, micro_batch_circumstances
+from doge.training.micro_batch_cache import MicroBatchCache
 from doge.training.objective import unit_seed
 from doge.training.state.run_position import RunPosition
 from doge.training.step_result import StepResult
@@ -50,6 +51,7 @@ class TrainingLoop:
         self._engine: Engine | None = None
         self._group: Communicator | None = None
         self._abandoned = threading.Event()
+        self._committed = time.monotonic()  # when the last checkpoint was handed over, or this began
         self._read_ahead: ReadAhead[Any] | None = None
 
     @property
@@ -102,8 +104,14 @@ class TrainingLoop:
         engine = self._engine = self._partitioned(group) if partitions else self._replica(group)
         if self._abandoned.is_set():
             raise CommunicationError("The membership was abandoned.")
-        self._cache = MicroBatchCache(workload.job.storage / "micro_batches")
-        self.pace = self._first_pace()
+        try:
+            self.pace = self._first_pace()
+        except NothingFits as error:
+            if engine.replicas is None or self.settings.engine.states != "auto" or self.world_size == 1:
+                raise
+            workload.partitions = True
+            workload.say(f"Worker {self.rank} cannot hold the whole training state: all workers hold a part of it now.")
+            raise CommunicationError("The state has to be partitioned.") from error
         self.telemetry = Telemetry(workload.reporter, self.settings, self.phase, engine, self.membership.number)
         self.seconds = {"process group": joined - began, "engine and state": time.monotonic() - joined}
 
@@ -192,7 +200,7 @@ class TrainingLoop:
                 own = shares.ranges(first_unit)[self.rank]
                 factor = phase.lr_scheduler.factor(step - self.first_step, phase.steps)
                 batch = self.objective.prepare(engine.module, units, self.seeds(own))
-                news = [float(workload.leave.is_set()), own_seconds, float(workload.limit)]
+                news = [float(workload.leave.is_set()), own_seconds, float(workload.limit.now), float(self._overdue())]
                 self.telemetry.samples(step, own, units)
                 result = careful_step(
                     self, step, partial(engine.step, batch, shares.micro_batches[self.rank], factor, news)
@@ -200,16 +208,17 @@ class TrainingLoop:
                 self._advance()
                 ended = time.monotonic()
                 workload.step_seconds = ended - began
-                leaving, own_seconds = False, 0.0
+                leaving, overdue, own_seconds = False, False, 0.0
                 if result is not None:
                     own_seconds = result.compute_seconds if len(own) else 0.0
                     if result.micro_batch_limit is not None:
                         self.note_limit(result.micro_batch_limit)
                     self._tell(result, factor, ended - began, waited, len(own))
                     leaving = any(numbers[0] for numbers in result.gathered)
+                    overdue = any(numbers[3] for numbers in result.gathered)
                 workload.checkpoints.check()
                 trace.step()
-                if (outcome := self._conclude(step + 1, leaving)) is not None:
+                if (outcome := self._conclude(step + 1, leaving, overdue)) is not None:
                     return outcome
                 changed = result is not None and self._follow(result.gathered, made_by, work)
                 made_by, work = plan, next_work
@@ -225,13 +234,18 @@ class TrainingLoop:
             workload.traced = workload.traced or trace.written
         return Outcome("finished", engine.step_count, seconds=self.seconds)
 
-    def _conclude(self, step_count: int, leaving: bool = False) -> Outcome | None:
+    def _overdue(self) -> bool:
+        """Whether rank 0's last checkpoint is too long ago."""
+        bound = self.settings.save_seconds
+        return self.rank == 0 and bound is not None and time.monotonic() - self._committed > bound
+
+    def _conclude(self, step_count: int, leaving: bool = False, overdue: bool = False) -> Outcome | None:
         """Do what is due after ``step_count`` updates; returns the outcome where the membership ends there."""
         settings, workload, last = self.settings, self.workload, step_count == self.end_step
         spent = {}
         for task in due_tasks(self.phase.side_tasks, step_count, last):
             spent[task.kind] = self._timed(task.kind, partial(task.run, self))
-        if last or leaving or step_count % settings.save_steps == 0:
+        if last or leaving or overdue or step_count % settings.save_steps == 0:
             spent["checkpoint"] = self._timed("commit", partial(self.commit, last))
         if workload.replica is not None:
             workload.replica.settled = step_count
@@ -248,7 +262,7 @@ class TrainingLoop:
             self.workload.replica.last = made
         if not self.seconds.get("first step"):
             self.seconds["first step"] = seconds
-            self.telemetry.started(self.pace.shares.counts[self.rank], self.workload.limit, self.seconds)
+            self.telemetry.started(self.pace.shares.counts[self.rank], self.workload.limit.now, self.seconds)
         spent = {"data": waited, "others": result.wait_seconds, "step": seconds - waited - result.wait_seconds}
         self.telemetry.time_spent(spent, units=units)
 
@@ -275,12 +289,16 @@ class TrainingLoop:
         state = self.engine.state()
         if state is None:
             return
+        self._committed = time.monotonic()
         position = replace(self.position, recipe=self.settings.recipe)
         if phase_ends:
             position = self._next_phase(position)
         if not replicated:
             workload.kept = Held.of((state, position), self.membership.number)
-        workload.checkpoints.save(state, position, workload.settle)
+        number = self.membership.number
+        workload.checkpoints.save(
+            state, position, partial(workload.settle, number), partial(workload.check_epoch, number)
+        )
 
     def _next_phase(self, position: RunPosition) -> RunPosition:
         """Where the next phase begins; the same position in the last one."""
@@ -290,12 +308,9 @@ class TrainingLoop:
         return replace(position, phase=after, next_unit=0, feed=self.settings.phases[after].feed.fingerprint)
 
     def note_limit(self, limit: int) -> None:
-        """Take fewer units at once, from the next step or membership on."""
-        self.workload.limit = limit
-        self._cache.put(micro_batch_circumstances(self.engine, self.phase.unit_tokens), limit, is_limit=True)
-        self.workload.say(
-            f"Worker {self.rank} ran out of memory: from now on it takes at most {limit} sequences at once."
-        )
+        """Take fewer units at once, from the next step or membership on, for a while."""
+        self.workload.limit.lower(limit)
+        self.workload.say(f"Worker {self.rank} ran out of memory: for now it takes at most {limit} sequences at once.")
 
     @property
     def _reading(self) -> ReadAhead[Any]:
@@ -308,9 +323,10 @@ class TrainingLoop:
         workload, phase, engine = self.workload, self.phase, self.engine
         limit = self.settings.micro_batch_size
         if limit is None:
-            limit = micro_batch_size(engine, phase.unit_tokens, phase.units_per_step, CPU_MICRO_BATCH, self._cache)
-        workload.limit = min(limit, workload.limit or limit)
-        known = engine.all_gather_floats([workload.speed, float(workload.limit)])
+            cache = MicroBatchCache(workload.job.storage / "micro_batches")
+            limit = micro_batch_size(engine, phase.unit_tokens, phase.units_per_step, CPU_MICRO_BATCH, cache)
+        workload.limit.find(limit, self.position.phase)
+        known = engine.all_gather_floats([workload.speed, float(workload.limit.now)])
         speeds = [speed or None for speed, _ in known]
         if self.settings.shares == "equal":
             speeds = [None] * self.world_size
@@ -332,11 +348,11 @@ class TrainingLoop:
             work: the cost of every worker's part of it.
         """
         changed = False
-        for rank, (_, _, limit) in enumerate(gathered):
+        for rank, (_, _, limit, _) in enumerate(gathered):
             if limit and int(limit) != self.pace.limits[rank]:
                 self.pace.set_limit(rank, int(limit))
                 changed = True
-        seconds = [seconds for _, seconds, _ in gathered]
+        seconds = [seconds for _, seconds, _, _ in gathered]
         if any(seconds) and self.settings.shares == "measured":
             changed |= self.pace.observe(seconds, made_by.counts, work)
             self.workload.speed = self.pace.speeds[self.rank]

@@ -15,6 +15,7 @@ from cluster.elastic.events import Message
 from cluster.elastic.membership import Membership, Outcome, StateId, node_name
 from cluster.elastic.workload import Beat, Job, Stage
 from cluster.workloads.held_state import Held, Replica, SharedTrainState
+from cluster.workloads.memory_limit import MemoryLimit
 from cluster.workloads.phase import TrainingSettings
 from cluster.workloads.telemetry import Reporter
 from cluster.workloads.training_loop import TrainingLoop
@@ -23,7 +24,7 @@ from doge.common.errors import MachineError, UserError
 from doge.common.storage import Storage
 from doge.training.communicator import is_symptom
 from doge.training.memory import OutOfMemory
-from doge.training.state.checkpoint import Checkpoints, load_checkpoint
+from doge.training.state.checkpoint import Checkpoints, Superseded, load_checkpoint
 from doge.training.state.run_position import RunPosition
 from doge.training.warm_up import warm_up
 
@@ -67,7 +68,7 @@ class TrainingWorkload:
         self.kept: Held | None = None  # the newest state, where it lies in memory and in no engine that may step on
         self.replica: Replica | None = None  # else the engine that has the whole state
         self.speed = 0.0  # units per second; 0 is unknown
-        self.limit = 0  # units of a micro-batch; 0 is unknown
+        self.limit = MemoryLimit()
         self.step_seconds = 0.0
         self.traced = False  # there is a trace of steps
         self._doing = (Stage.IDLE, "idle", 0, time.monotonic())
@@ -189,14 +190,20 @@ class TrainingWorkload:
         """Where a run begins that has no state."""
         return RunPosition(self._feed(0), self.settings.tokenizer)
 
-    def settle(self) -> None:
+    def check_epoch(self, membership: int) -> None:
+        """Raise Superseded where a later membership publishes checkpoints now."""
+        if not ray.get(self.job.board.may_publish.remote(membership)):
+            raise Superseded
+
+    def settle(self, membership: int) -> None:
         """Return once the driver has recorded everything that was posted: a checkpoint never gets ahead of its record.
 
-        Raises UserError when nothing may be committed any more.
+        Raises UserError when nothing may be committed any more, and Superseded where this membership may not.
         """
-        self.job.claim.check()
         if reason := ray.get(self.job.board.settle.remote()):
             raise UserError(reason)
+        self.job.claim.check()
+        self.check_epoch(membership)
 
     def _feed(self, phase: int) -> str:
         return self.settings.phases[phase].feed.fingerprint

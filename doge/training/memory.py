@@ -47,8 +47,12 @@ def fits(work: Callable[[], object]) -> bool:
     return False
 
 
-def nothing_fits(device: torch.device) -> MachineError:
-    return MachineError(
+class NothingFits(MachineError):
+    """Not even one unit fits on this device."""
+
+
+def nothing_fits(device: torch.device) -> NothingFits:
+    return NothingFits(
         f"Not even one sequence fits in the memory of {device_name(device)}: choose "
         "--training.gradient-checkpointing, a shorter --data.sequence-length, a higher --engine.zero-stage (with "
         "several workers), or a GPU with more memory."

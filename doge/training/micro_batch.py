@@ -13,6 +13,8 @@ from doge.training.micro_batch_cache import MicroBatchCache, micro_batch_circums
 if TYPE_CHECKING:
     from doge.training.engine import Engine
 
+OTHERS = 0.08
+"""Part of a GPU's memory that contexts and displays may hold before the GPU counts as shared."""
 MARGIN = 0.02
 """Part of the memory that the probe leaves free, since later steps lay their tensors out a little differently."""
 
@@ -61,15 +63,23 @@ def probe_micro_batch(engine: "Engine", length: int, most: int, default: int, ma
 def micro_batch_size(
     engine: "Engine", length: int, most: int, default: int, cache: MicroBatchCache | None = None
 ) -> int:
-    """Look the micro-batch up in the cache, or probe it and add it to the cache."""
+    """Look the micro-batch up in the cache, or probe it, and add it to the cache where nobody else used the GPU."""
     if cache is None or engine.device.type != "cuda":
         return probe_micro_batch(engine, length, most, default)
     circumstances = micro_batch_circumstances(engine, length)
     size = cache.get(circumstances, most)
     if size is None:
+        shared = _shared(engine.device)
         size = probe_micro_batch(engine, length, most, default)
-        cache.put(circumstances, size, is_limit=size < most)
+        if not shared:  # a passing tenant's memory says nothing of other GPUs, or of this one later
+            cache.put(circumstances, size, is_limit=size < most)
     return size
+
+
+def _shared(device: torch.device) -> bool:
+    """Whether other processes hold memory of the device, beyond the contexts that drivers keep there."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) < (1 - OTHERS) * total
 
 
 @contextmanager

@@ -69,6 +69,9 @@ class PlainBoard:
     async def settle(self) -> None:
         return None
 
+    async def may_publish(self, membership: int) -> bool:
+        return membership > 0
+
     async def stop(self, reason: str, unrecorded: bool = False) -> None:
         self._stopped = self._stopped or reason
 

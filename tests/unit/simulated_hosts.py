@@ -99,6 +99,7 @@ class Simulation:
         self.reason: str | None = None  # why the run was stopped
         self.finished = False
         self.start_errors: dict[str, HostFailed] = {}  # by node
+        self.slow_starts: dict[str, float] = {}  # seconds, by node
         self.room: dict[str, int] = {}  # hosts for which a node has memory
         self.draining: set[str] = set()
         self.dead: set[str] = set()  # nodes
@@ -280,7 +281,7 @@ class Simulation:
             host.ready = True
             self._answer(host, HostPrepared(name, HostInfo(host.pid, node, "127.0.0.1")))
 
-        self.later(self.start_s, prepared)
+        self.later(self.slow_starts.get(node, self.start_s), prepared)
 
     def _answer(self, host: SimulatedHost, answer: Observation) -> None:
         def arrive() -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from doge.common.errors import UserError
 from doge.common.storage import Storage
-from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, load_checkpoint
+from doge.training.state.checkpoint import Checkpoints, CorruptCheckpoint, Superseded, load_checkpoint
 from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState, check_fits
 
@@ -196,6 +196,53 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
     assert checkpoints.latest()[0].step == 10
     with pytest.raises(CorruptCheckpoint, match="step-00000020 is incomplete or damaged"):
         load_checkpoint(Storage(str(newest)))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_whole_checkpoints_count_as_kept(keep, storage):
+    """A torn one of a later step, as where the run went back to an earlier one, pushes out no whole one."""
+    folder = storage / "checkpoints"
+    checkpoints = Checkpoints(folder, keep)
+    for step in (90, 100, 200):
+        checkpoints.save(state(step), at())
+        checkpoints.wait()
+    folder.delete("step-00000200/manifest.json")
+    folder.write_bytes("step-00000095/parameters.safetensors", b"torn")
+    checkpoints.save(state(120), at())
+    checkpoints.wait()
+    assert checkpoints.latest()[0].step == 120
+    assert 95 not in checkpoints.steps()
+    assert [step for step in checkpoints.steps() if step <= 120] == [100, 120][-keep:]
+
+
+def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(tmp_path):
+    checkpoints = Checkpoints(Storage(str(tmp_path)))
+    for step in (10, 20):
+        checkpoints.save(state(step), at())
+        checkpoints.wait()
+    for manifest in tmp_path.glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(UserError, match=r"can be read \(2 damaged ones\): bring one back, or remove that directory"):
+        checkpoints.latest()
+
+
+@pytest.mark.parametrize("when", ["before_write", "before_commit"])
+def test_a_writer_that_others_have_gone_on_without_publishes_and_removes_nothing(when, tmp_path):
+    others = Checkpoints(Storage(str(tmp_path)), keep=3)
+    for step in (100, 120):
+        others.save(state(step), at())
+        others.wait()
+    (tmp_path / "step-00000130.partial").mkdir()  # they are writing the next one
+    stale = Checkpoints(Storage(str(tmp_path)), keep=1)
+
+    def refuse():
+        raise Superseded
+
+    stale.save(state(110), at(), **{when: refuse})
+    stale.wait()
+    assert stale.committed is None
+    assert stale.steps() == [100, 120]
+    assert (tmp_path / "step-00000130.partial").exists() == (when == "before_write")
 
 
 def test_the_record_is_settled_before_the_checkpoint_appears(tmp_path):

@@ -10,6 +10,7 @@ import ray
 from cluster.elastic import coordinator as coordinators
 from cluster.elastic.coordinator import Coordinator, host_failure
 from cluster.elastic.decisions.observations import HostFailed
+from cluster.elastic.events import Message
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
@@ -40,7 +41,7 @@ class Actor:
 
 class Board(Actor):
     def __init__(self):
-        self.posts, self.reason = [], None
+        self.posts, self.reason, self.unavailable = [], None, 0
 
     async def post(self, event: Any) -> None:
         self.posts.append(event)
@@ -49,6 +50,9 @@ class Board(Actor):
         self.reason = self.reason or reason
 
     async def stopped(self) -> str | None:
+        if self.unavailable:
+            self.unavailable -= 1
+            raise ray.exceptions.ActorUnavailableError("its network is slow", None)
         return self.reason
 
 
@@ -117,17 +121,34 @@ def test_a_run_whose_first_membership_loses_a_host_is_conducted_to_its_end(hosts
     assert all(each.killed for each in hosts)
 
 
-def test_a_look_at_the_nodes_that_fails_ends_the_run_with_its_reason(hosts, monkeypatch):
-    def fail() -> None:
-        raise ConnectionError("the head is gone")
+def test_calls_to_ray_that_fail_for_a_while_end_nothing_and_are_told_of(hosts, monkeypatch):
+    failures = iter(range(5))
 
-    monkeypatch.setattr(coordinators, "draining_and_dead_nodes", fail)
+    def fail_at_first() -> tuple[set[str], set[str]]:
+        if next(failures, None) is not None:
+            raise ConnectionError("the head is slow")
+        return set(), set()
+
+    monkeypatch.setattr(coordinators, "draining_and_dead_nodes", fail_at_first)
+    monkeypatch.setattr(coordinators, "TELL_SECONDS", 0.03)
     board = Board()
-    with pytest.raises(ConnectionError):
+    board.unavailable = 3
+    conduct(board)
+    assert board.reason is None
+    assert next(failures, None) is None
+    said = [event.text for event in board.posts if isinstance(event, Message)]
+    assert said[0] == "Ray does not say which nodes there are (the head is slow): asking on."
+
+
+def test_an_error_of_the_coordinator_itself_ends_the_run_with_its_reason(hosts, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise KeyError("no such host")
+
+    monkeypatch.setattr(coordinators, "decide", fail)
+    board = Board()
+    with pytest.raises(KeyError):
         conduct(board)
-    assert board.reason == "The coordinator of the run failed: ConnectionError('the head is gone')."
-    assert hosts
-    assert all(each.killed for each in hosts)
+    assert board.reason == "The coordinator of the run failed: KeyError('no such host')."
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_survivor_that_computes_may_end_its_micro_batch_and_one_that_waits_for
     if waiting:
         assert KILL_SECONDS < simulation.until(lambda: survivor.killed) < KILL_SECONDS + 2 * WATCH_SECONDS
         kills = [command for _, command in simulation.done if isinstance(command, KillHost)]
-        assert KillHost(survivor.name, "a", survivor.pid) in kills  # by a signal, for it may be stopped
+        assert KillHost(survivor.name, "a", (survivor.pid, None)) in kills  # by a signal, for it may be stopped
     else:
         simulation.run(5 * KILL_SECONDS)
         assert not survivor.killed

@@ -10,6 +10,8 @@ from typing import Literal
 from cluster.elastic.events import Event
 from cluster.elastic.membership import Membership
 
+Process = tuple[int, int | None]  # its id, and when it started
+
 
 @dataclass(frozen=True)
 class StartHost:
@@ -24,12 +26,12 @@ class KillHost:
     """End a host's process.
 
     Args:
-        pid: of a process that may be stopped and hears no request: only a signal from its node ends it.
+        process: one that may be stopped and hears no request: only a signal from its node ends it.
     """
 
     host: str
     node: str
-    pid: int | None
+    process: Process | None
 
 
 @dataclass(frozen=True)

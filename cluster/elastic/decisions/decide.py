@@ -31,6 +31,7 @@ from cluster.elastic.decisions.observations import (
     NodesSeen,
     Observation,
     Offered,
+    RunInterrupted,
     RunStopped,
     SeatTaken,
     Tick,
@@ -63,6 +64,8 @@ def _take_in(known: Known, observation: Observation) -> Commands:
             yield from watch(known)
         case RunStopped():
             known.stopped = True
+        case RunInterrupted():
+            known.interrupted = True
         case SeatTaken(seat):
             take_seat(known, seat)
         case NodesSeen():

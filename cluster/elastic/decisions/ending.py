@@ -23,6 +23,8 @@ from doge.common.words import duration
 RECYCLES = 2  # memberships in a row that a place may break before it is left out
 BARRED_SECONDS, LONGEST_BARRED_SECONDS = 600.0, 7200.0  # that it is left out for
 PAUSE_SECONDS = 30.0  # the longest one between attempts
+ARRIVE_SECONDS = 90.0  # that a host which is ready waits for others that start
+WORTH = 5  # times what it took to form, that a membership lasts at least before it is ended for more hosts
 ABORT_SECONDS = 1.0  # from a loss until the members that have not noticed it are told
 
 
@@ -57,15 +59,37 @@ def oversee(known: Known, phase: Running) -> Commands:
 
 def _keep_fitting(known: Known, phase: Running) -> Commands:
     """Start and end hosts beside a whole membership, and end it where other hosts should train."""
+    if known.interrupted:
+        if not phase.asked_to_leave:
+            phase.asked_to_leave = True
+            for host in phase.pending:
+                yield AskToLeave(host.name)
+        return
     if not phase.at_work and all(_took_up(known, host) for host in phase.members):
         phase.at_work = True
         yield from end_surplus(known)  # all members have the state; its former holder may exit
     yield from start_missing(known, spares=phase.at_work)
     better = wanted(known)
-    if not phase.asked_to_leave and len(better) >= known.enough and set(better) != set(phase.members):
+    if phase.at_work and phase.cost is None:
+        phase.cost = known.now - phase.formed_at
+    if not phase.asked_to_leave and len(better) >= known.enough and _is_worth_it(known, phase, better):
         phase.asked_to_leave = True
         for host in phase.pending:
             yield AskToLeave(host.name)
+
+
+def _is_worth_it(known: Known, phase: Running, better: list[HostRecord]) -> bool:
+    """Whether to end a membership for one of other hosts.
+
+    Hosts that have to go are let go at once. Those that arrive wait for others that are about to be ready, and until
+    the membership has lasted several times as long as it took to form.
+    """
+    if set(better) == set(phase.members):
+        return False
+    if not set(phase.members) <= set(better):
+        return True
+    arriving = [host for host in known.starting() if not host.spare and known.now - host.started < ARRIVE_SECONDS]
+    return not arriving and phase.at_work and known.now - phase.formed_at >= WORTH * (phase.cost or 0.0)
 
 
 def _took_up(known: Known, host: HostRecord) -> bool:

@@ -1,6 +1,14 @@
 """From hosts to a membership: whether there are enough, whether they answer, whose state they start from."""
 
-from cluster.elastic.decisions.commands import AskForAddress, AskForOffer, Commands, Post, RunMember, StopRun
+from cluster.elastic.decisions.commands import (
+    AskForAddress,
+    AskForOffer,
+    Commands,
+    Flush,
+    Post,
+    RunMember,
+    StopRun,
+)
 from cluster.elastic.decisions.ending import note_failure, over, pause_seconds
 from cluster.elastic.decisions.known import (
     ANSWER_SECONDS,
@@ -13,11 +21,12 @@ from cluster.elastic.decisions.known import (
     Running,
 )
 from cluster.elastic.decisions.observations import AddressGiven, Offered
-from cluster.elastic.decisions.staffing import free_gpus, hopeless, start_missing, wanted
+from cluster.elastic.decisions.staffing import free_gpus, hopeless, mark_lost, start_missing, wanted
 from cluster.elastic.decisions.watching import ask_for_beat
 from cluster.elastic.events import HostJoined, MembershipFormed, Message
 from cluster.elastic.membership import Member, Membership, StateId, node_name
 
+HICCUP_SECONDS = 15.0  # that more hosts may be silent than answer before the latter go on
 NOTHING = StateId(-1)
 
 
@@ -25,6 +34,9 @@ def gather(known: Known) -> Commands:
     """Wait for enough ready hosts: at the start for all of the first seats', later for the smallest number allowed."""
     if known.stopped:
         yield from over(known)
+        return
+    if known.interrupted:
+        yield from _wind_up(known)
         return
     yield from start_missing(known, spares=False)
     if reason := hopeless(known):
@@ -34,11 +46,31 @@ def gather(known: Known) -> Commands:
     if sum(known.places().values()) < known.enough:
         known.troubles.clear()  # who is left must do
     hosts = wanted(known)
+    if _is_hiccup(known, hosts):
+        return
     # Before the first membership, hosts that are still starting are waited for.
     if known.seats and len(hosts) >= known.enough and (known.number > 0 or not known.starting()):
         known.phase = Questioning(hosts, set(hosts), known.now)
         for host in hosts:
             yield from ask_for_beat(host)
+
+
+def _is_hiccup(known: Known, hosts: list[HostRecord]) -> bool:
+    """Whether so many became silent just now that the few which answer shall not take the whole batch yet."""
+    silent = [host for host in known.alive() if host.ready and not known.answers(host)]
+    return len(silent) > len(hosts) and known.lost_at is not None and known.now - known.lost_at < HICCUP_SECONDS
+
+
+def _wind_up(known: Known) -> Commands:
+    """End the hosts, once all that they handed to be written is written, and then the run."""
+    for host in known.alive():
+        if not host.used:
+            yield from mark_lost(known, host, "")
+        elif host.ending is None:
+            host.ending = known.now
+            yield Flush(host.name)
+    if not known.alive():
+        yield from over(known)
 
 
 def question(known: Known, phase: Questioning) -> Commands:
@@ -138,7 +170,7 @@ def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, in
         )
     )
     membership = Membership(known.number, tuple(members), address, offer.state)
-    known.phase = Running(membership, phase.hosts, step, pending=list(phase.hosts))
+    known.phase = Running(membership, phase.hosts, step, pending=list(phase.hosts), formed_at=known.now)
     for rank, host in enumerate(phase.hosts):
         host.busy = True
         yield RunMember(host.name, membership, rank, given=not _holds(host, phase))

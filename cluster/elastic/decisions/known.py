@@ -150,6 +150,8 @@ class Running:
     Args:
         members: in the order of their ranks.
         first: steps that were made in the state that it started from.
+        formed_at: when it began.
+        cost: seconds from then until all members were at work; None before.
         pending: members that have neither ended it nor are lost.
         at_work: whether all members have taken up the state.
         asked_to_leave: whether the members were asked to end it.
@@ -161,6 +163,8 @@ class Running:
     members: list[HostRecord]
     first: int
     pending: list[HostRecord]
+    formed_at: float = 0.0
+    cost: float | None = None
     outcomes: dict[HostRecord, Outcome] = field(default_factory=dict)
     at_work: bool = False
     asked_to_leave: bool = False
@@ -209,6 +213,7 @@ class Known:
         holder: the last rank 0; of equally new states, its own.
         lost_at: when the last membership broke; None once another was formed.
         stopped: whether the run must end.
+        interrupted: whether it must end once everything is committed.
     """
 
     scaling: ScalingRecipe
@@ -233,6 +238,7 @@ class Known:
     holder: HostRecord | None = None
     lost_at: float | None = None
     stopped: bool = False
+    interrupted: bool = False
 
     @property
     def members(self) -> list[HostRecord]:

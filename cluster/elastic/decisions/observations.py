@@ -17,6 +17,11 @@ class RunStopped:
 
 
 @dataclass(frozen=True)
+class RunInterrupted:
+    """The driver must go: what there is shall be committed first."""
+
+
+@dataclass(frozen=True)
 class SeatTaken:
     """A worker of Ray Train is there; the seats of its group count once the group is complete."""
 
@@ -113,6 +118,7 @@ class Flushed(FromHost):
 Observation = (
     Tick
     | RunStopped
+    | RunInterrupted
     | SeatTaken
     | NodesSeen
     | HostPrepared

@@ -86,7 +86,7 @@ def mark_lost(known: Known, host: HostRecord, reason: str) -> Commands:
     host.lost, host.reason = True, reason
     if host.used:
         yield Post(HostLeft(host.name, known.now))
-    yield KillHost(host.name, host.node, host.info.pid if reason and host.info is not None else None)
+    yield KillHost(host.name, host.node, (host.info.pid, host.info.started) if reason and host.info else None)
     if host not in known.members:
         del known.hosts[host.name]
     if host.info is None:

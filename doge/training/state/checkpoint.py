@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError, sha256
+from doge.common.words import count
 from doge.training.state.run_position import RunPosition
 from doge.training.state.train_state import MOMENTS, TrainState
 
@@ -61,20 +62,27 @@ class Checkpoints:
         """Steps that have a directory, ascending; whether each is whole is only known by loading it."""
         return [int(name[5:]) for name in self.storage.names() if name.startswith("step-") and name[5:].isdigit()]
 
-    def save(self, state: TrainState, position: RunPosition, before_commit: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        position: RunPosition,
+        before_commit: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write ``state`` and ``position`` in the background; they must not change any more.
 
         A write that is under way gets two seconds to end, so that a small run skips none of its checkpoints; beyond
         that, or where the storage fails, the state waits for its turn and replaces one that waited.
 
-        ``before_commit`` runs in the writing thread just before the checkpoint appears. What it raises, other than a
-        StorageError, ends the writing, and is raised here, by ``check`` or by ``wait``, once.
+        ``before_write`` runs in the writing thread before the storage is touched, and ``before_commit`` just before
+        the checkpoint appears. Where one of them raises Superseded, the state is dropped without a word. What else
+        they raise, other than a StorageError, ends the writing, and is raised here, by ``check`` or ``wait``, once.
         """
         with self._changed:
             if self._trouble is None:
                 self._changed.wait_for(lambda: self._is_idle() or self._trouble is not None, GRACE_SECONDS)
             self._raise()
-            self._next = _Order(state, position, before_commit)
+            self._next = _Order(state, position, before_commit, before_write)
             if self._writing is None:
                 self._writing, self._next = self._next, None
                 threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
@@ -102,12 +110,22 @@ class Checkpoints:
                 )
 
     def latest(self) -> Checkpoint | None:
-        """State and position of the newest whole checkpoint, or None. Ones that were cut off are passed over."""
-        for step in reversed(self.steps()):
+        """State and position of the newest whole checkpoint; None where there never was one.
+
+        Ones that were cut off are passed over. Raises UserError where none is whole: to begin anew then would lose the
+        run without a word.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 return self.load(step)
             except CorruptCheckpoint:
                 continue
+        if steps:
+            raise UserError(
+                f"No checkpoint in {self.storage.root} can be read ({count(len(steps), 'damaged one')}): bring one "
+                "back, or remove that directory to begin anew."
+            )
         return None
 
     def load(self, step: int) -> Checkpoint:
@@ -126,9 +144,11 @@ class Checkpoints:
         """The writing thread: ends when nothing is left to write."""
         pause, failed_since, attempts = FIRST_PAUSE_SECONDS, 0.0, 0
         while self._writing is not None:
-            order, trouble, error = self._writing, None, None
+            order, trouble, error, dropped = self._writing, None, None, False
             try:
                 self._write(order)
+            except Superseded:
+                dropped = True
             except BaseException as raised:
                 if order.refused or not isinstance(raised, (StorageError, OSError, SafetensorError)):
                     error = raised
@@ -156,7 +176,7 @@ class Checkpoints:
             with self._changed:
                 if trouble is None:
                     self._trouble, self._error = None, error
-                    if error is None:
+                    if error is None and not dropped:
                         self.last = order.state, order.position
                     self._writing = None
                 if error is not None:
@@ -171,6 +191,7 @@ class Checkpoints:
 
     def _write(self, order: "_Order") -> None:
         state = order.state
+        order.check(order.before_write)
 
         def fill(directory: str) -> None:
             folder = Path(directory)
@@ -181,19 +202,19 @@ class Checkpoints:
             (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": order.position.to_dict()}, indent=1))
             checksums = {file.name: sha256(str(file)) for file in sorted(folder.iterdir())}
             (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
-            try:
-                order.before_commit()
-            except StorageError:
-                raise
-            except BaseException:
-                order.refused = True
-                raise
+            order.check(order.before_commit)
 
         self.storage.sweep()
         self.storage.write(_name(state.step), fill)
         with suppress(StorageError, OSError):  # they go with the next one
-            for step in self.steps()[: -self._keep]:
+            for step in self._outlived(state.step):
                 self.storage.delete(_name(step))
+
+    def _outlived(self, newest: int) -> list[int]:
+        """Steps up to the newest whose directories may go: torn ones, and all but the newest whole ones."""
+        steps = [step for step in self.steps() if step <= newest]
+        whole = [step for step in steps if self.storage.exists(f"{_name(step)}/{_MANIFEST}")]
+        return [step for step in steps if step not in whole[-self._keep :]]
 
 
 @dataclass
@@ -201,7 +222,21 @@ class _Order:
     state: TrainState
     position: RunPosition
     before_commit: Callable[[], None]
-    refused: bool = False  # by before_commit
+    before_write: Callable[[], None]
+    refused: bool = False  # by one of them
+
+    def check(self, whether: Callable[[], None]) -> None:
+        try:
+            whether()
+        except StorageError:
+            raise
+        except BaseException:
+            self.refused = True
+            raise
+
+
+class Superseded(Exception):
+    """Others have gone on from a newer state, and publish checkpoints: this writer's would only be in their way."""
 
 
 class CorruptCheckpoint(UserError):
