@@ -13,7 +13,8 @@ import torch.distributed as dist
 def be_alone(device: torch.device) -> None:
     """Be a group of one, which needs no network. Does nothing in such a group."""
     if not (dist.is_initialized() and dist.get_world_size() == 1 and dist.get_backend() == _backend(device)):
-        leave()
+        if dist.is_initialized():
+            leave()
         join(0, 1, dist.HashStore(), device)
 
 

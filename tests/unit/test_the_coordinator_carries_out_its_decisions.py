@@ -122,7 +122,7 @@ def test_a_run_whose_first_membership_loses_a_host_is_conducted_to_its_end(hosts
 
 
 def test_calls_to_ray_that_fail_for_a_while_end_nothing_and_are_told_of(hosts, monkeypatch):
-    failures = iter(range(5))
+    failures = iter(range(2))
 
     def fail_at_first() -> tuple[set[str], set[str]]:
         if next(failures, None) is not None:
@@ -130,7 +130,7 @@ def test_calls_to_ray_that_fail_for_a_while_end_nothing_and_are_told_of(hosts, m
         return set(), set()
 
     monkeypatch.setattr(coordinators, "draining_and_dead_nodes", fail_at_first)
-    monkeypatch.setattr(coordinators, "TELL_SECONDS", 0.03)
+    monkeypatch.setattr(coordinators, "TELL_SECONDS", 0.0)
     board = Board()
     board.unavailable = 3
     conduct(board)
