@@ -7,6 +7,8 @@ Every round trains the same model with the same batches and the same checkpoint 
 without seats and two nodes with one seat each. To every run happens the same:
 
     worker     SIGKILL of a worker; to the next optimizer step of two workers
+    partition  SIGSTOP of all processes of a node, which says nothing more and closes nothing; to the next step of the
+               worker that is left
     node       SIGKILL of a node, its raylet and all its processes; to the next step of the worker that is left
     arrival    a new node; from its being alive in `ray.nodes()` to the first step of two workers
     announced  a drain notice for that node; from the notice to the first step of the worker that stays
@@ -19,7 +21,8 @@ kernel closes a killed process's connections at once, so a loss is noticed soone
 silent.
 
 The last line is one line of JSON: the ratios ours ÷ baseline of the median seconds, the most steps that ours repeated
-over an arrival and over an announced loss, and the medians of both sides.
+over an arrival and over an announced loss, the median of those repeated over a killed worker, the median seconds of
+ours after a node fell silent, and the medians of both sides.
 """
 
 import argparse
@@ -46,13 +49,10 @@ from cluster.runs.recipe import Recipe
 from doge.common.config_tree import from_dict, to_yaml
 
 SIDES = ("ours", "baseline")
-EVENTS = ("worker", "node", "arrival", "announced")
+EVENTS = ("worker", "partition", "node", "arrival", "announced")
 GLOBAL_BATCH_SIZE = 16
-START_SECONDS = 400  # the first run also prepares the data
-EVENT_SECONDS = 240
+START_SECONDS, EVENT_SECONDS = 400, 240  # the first run also prepares the data
 SPARES_SECONDS = 60  # that our run gets to have its warm spares ready
-
-# ---------------------------------------------------------------- the two runs
 
 
 def recipe(storage: Path, name: str, save_steps: int) -> Recipe:
@@ -106,9 +106,6 @@ def train(recipe_path: str, notes_path: str) -> None:
     pretrain(from_dict(Recipe, yaml.safe_load(Path(recipe_path).read_text())))
 
 
-# ---------------------------------------------------------------- one run and its events
-
-
 @dataclass(frozen=True)
 class Step:
     step: int
@@ -142,17 +139,14 @@ class Run:
         self.notes.touch()
         path = storage / f"{name}.yaml"
         path.write_text(to_yaml(recipe(storage, name, save_steps)))
-        ours: list[str | Path] = [__file__, "--train", path, self.notes]
-        plain: list[str | Path] = [
-            Path(__file__).with_name("plain_elastic.py"),
-            "--recipe",
-            path,
-            "--notes",
-            self.notes,
-        ]
-        command: list[str | Path] = [sys.executable, *(ours if side == "ours" else plain)]
+        plain = Path(__file__).with_name("plain_elastic.py")
+        arguments = {
+            "ours": [__file__, "--train", path, self.notes],
+            "baseline": [plain, "--recipe", path, "--notes", self.notes],
+        }
+        environment = os.environ | {"RAY_ADDRESS": address}
         with self.log.open("w") as log:
-            environment = os.environ | {"RAY_ADDRESS": address}
+            command = [sys.executable, *map(str, arguments[side])]
             self.driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def rows(self, kind: str) -> list[dict]:
@@ -276,8 +270,15 @@ def measure_run(
                 os.kill(pid, signal.SIGKILL)
                 yield tell(run, "worker", round_number, run.measure(began, 2))
                 run.settle(2, options.settle_s)
-            _, node_id = run.worker(rank)
-            node = next(node for node in machines.nodes if node.node_id == node_id)
+            if "partition" in options.events:
+                node = machines.find(run.worker(rank)[1])
+                began = time.monotonic()
+                node.freeze()
+                yield tell(run, "partition", round_number, run.measure(began, 1))
+                node.kill()
+                machines.add_node()
+                run.settle(2, options.settle_s)
+            node = machines.find(run.worker(rank)[1])
             began = time.monotonic()
             node.kill()
             yield tell(run, "node", round_number, run.measure(began, 1))
@@ -319,9 +320,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# ---------------------------------------------------------------- all of it
-
-
 def summary(results: dict[str, dict[str, list[Result]]]) -> dict:
     """The figures of all rounds; None where nothing was measured."""
 
@@ -338,6 +336,8 @@ def summary(results: dict[str, dict[str, list[Result]]]) -> dict:
 
     figures: dict = {
         "worker_ratio": ratio("worker"),
+        "worker_steps_repeated": median("ours", "worker", "steps_repeated"),
+        "partition_seconds": median("ours", "partition", "seconds"),
         "node_ratio": ratio("node"),
         "grow_ratio": ratio("arrival"),
         "grow_steps_repeated": most_repeated("arrival"),
