@@ -46,6 +46,7 @@ class SimulatedHost:
         notices: whether it ends a membership that has lost a member by itself.
         heeds: whether it ends one when it is told to abort.
         silent: its process is stopped: it does not answer until `Simulation.wake`.
+        gone: its machine is, and nobody was told.
         delay: seconds that its beats take besides.
         dead: its process is gone, whether killed from outside or by the coordinator.
         killed: by the coordinator.
@@ -66,6 +67,7 @@ class SimulatedHost:
     notices: bool = True
     heeds: bool = True
     silent: bool = False
+    gone: bool = False
     delay: float = 0.0
     dead: bool = False
     killed: bool = False
