@@ -88,9 +88,15 @@ class Coordinator:
         self._observed.put_nowait(RunInterrupted())
         await self._over.wait()
 
-    async def over(self) -> None:
-        """Return when the run is over."""
-        await self._over.wait()
+    async def over(self, timeout_s: float) -> bool:
+        """Whether the run is over, as soon as it is, or after ``timeout_s`` seconds.
+
+        The time is bounded since a caller may die meanwhile: its call would be one of those that are answered at once
+        for ever.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), timeout_s)
+        return self._over.is_set()
 
     async def members(self) -> list[dict[str, Any]]:
         """The hosts that are ready, for whoever wants to see them or, as `cluster.chaos`, to disturb them."""

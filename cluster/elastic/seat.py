@@ -10,6 +10,8 @@ import ray.train
 
 from cluster.elastic.membership import Seat
 
+OVER_SECONDS = 60.0  # that one question to the coordinator may wait for its answer
+
 
 def take_seat(coordinator: Any) -> None:
     """Hold a seat until the run is over. Ray Train calls this in every worker, anew after every change of its group.
@@ -26,4 +28,5 @@ def take_seat(coordinator: Any) -> None:
         gpus=tuple(map(str, here.get_accelerator_ids().get("GPU", []))),
     )
     ray.get(coordinator.sit.remote(seat))
-    ray.get(coordinator.over.remote())
+    while not ray.get(coordinator.over.remote(OVER_SECONDS)):
+        pass

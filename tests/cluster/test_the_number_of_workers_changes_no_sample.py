@@ -47,7 +47,7 @@ def test_one_two_and_three_workers_have_the_same_losses(runs):
 
 
 def test_a_killed_worker_changes_no_loss(runs, home, texts, capsys):
-    """SIGKILL in the middle, between two checkpoints: the run ends by itself, equal to the last digit."""
+    """SIGKILL between two checkpoints: the run goes on with the step under way and ends equal to the last digit."""
     recipe = small_recipe(home, texts, name="killed", scaling=EQUAL | {"warm_spares": 1})
     killed = []
 
@@ -63,9 +63,11 @@ def test_a_killed_worker_changes_no_loss(runs, home, texts, capsys):
     killer.start()
     pretrain(recipe)
     assert killed
-    starts = re.findall(r"2 workers on .*, from step (\d+)[.,]", capsys.readouterr().out)
-    assert starts[0] == "0"
-    assert starts[1:] in (["10"], ["20"], ["30"], ["40"])  # it did start again, or the worker died too late to matter
+    starts = re.findall(r"2 workers on .*, from step (\d+)(?:, repeating (\d+) step)?", capsys.readouterr().out)
+    (begun, again), (resumed, repeated) = starts
+    assert (begun, again) == ("0", "")
+    assert int(resumed) >= 12
+    assert int(repeated or 0) <= 1  # one that the killed worker had made before the other
     assert losses(recipe) == losses(runs[2][0])
     assert losses(recipe, "held_out_loss") == losses(runs[2][0], "held_out_loss")
     assert samples(recipe) == samples(runs[2][0])

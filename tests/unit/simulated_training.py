@@ -142,8 +142,8 @@ class TrainingSimulation(Simulation):
                 super()._carry_out(command)
 
     def _note_start(self, membership: Membership) -> None:
-        """Note what a membership starts from, and the newest that there was, but for hosts that woke just now."""
-        awake = [host for host in self.hosts.values() if not host.dead and not host.silent]
+        """Note what a membership starts from, and the newest that there was, but for hosts that hang or just woke."""
+        awake = [host for host in self.hosts.values() if not host.dead and not host.silent and host.moves]
         held = [host.held.step for host in awake if host.held and self.now - self.woken.get(host.name, 0.0) > 5]
         start = membership.start.step if membership.start else 0
         self.starts.append((start, max([0, *self.committed]), max([0, *held])))

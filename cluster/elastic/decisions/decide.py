@@ -8,7 +8,7 @@ node is about to go, ends it at a step that all agree on, so that nothing is rep
 from typing import assert_never
 
 from cluster.elastic.decisions.commands import Command, Commands
-from cluster.elastic.decisions.ending import member_ended, oversee
+from cluster.elastic.decisions.ending import member_ended, oversee, took_up
 from cluster.elastic.decisions.forming import address_given, form, gather, offered, question
 from cluster.elastic.decisions.known import (
     Forming,
@@ -50,7 +50,19 @@ def decide(known: Known, observation: Observation, now: float) -> list[Command]:
     known.now = now
     if isinstance(known.phase, Over):
         return []
-    return [*_take_in(known, observation), *_go_on(known)]
+    commands = [*_take_in(known, observation)]
+    # A thousand hosts tell twice a second how they are; what follows from that while they step, the next tick finds.
+    if not (isinstance(observation, BeatHeard) and _steps_on(known)):
+        commands += _go_on(known)
+    return commands
+
+
+def _steps_on(known: Known) -> bool:
+    """Whether a membership is whole, and as far as it was."""
+    phase = known.phase
+    if not isinstance(phase, Running) or phase.ended_at is not None:
+        return False
+    return phase.at_work or not all(took_up(known, host) for host in phase.members)
 
 
 def _take_in(known: Known, observation: Observation) -> Commands:

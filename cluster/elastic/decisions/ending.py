@@ -65,7 +65,7 @@ def _keep_fitting(known: Known, phase: Running) -> Commands:
             for host in phase.pending:
                 yield AskToLeave(host.name)
         return
-    if not phase.at_work and all(_took_up(known, host) for host in phase.members):
+    if not phase.at_work and all(took_up(known, host) for host in phase.members):
         phase.at_work = True
         yield from end_surplus(known)  # all members have the state; its former holder may exit
     yield from start_missing(known, spares=phase.at_work)
@@ -92,7 +92,7 @@ def _is_worth_it(known: Known, phase: Running, better: list[HostRecord]) -> bool
     return not arriving and phase.at_work and known.now - phase.formed_at >= WORTH * (phase.cost or 0.0)
 
 
-def _took_up(known: Known, host: HostRecord) -> bool:
+def took_up(known: Known, host: HostRecord) -> bool:
     """Whether a member has taken up the state of the present membership."""
     return host.beat.membership == known.number and host.beat.stage.at_work
 
@@ -113,6 +113,7 @@ def _wake(known: Known, phase: Running, ended_at: float) -> Commands:
             host.given_up = known.now
             phase.pending.remove(host)
         elif known.answers(host) and since > grace(known, host):
+            host.victim = True
             yield from mark_lost(known, host, "it could not be woken from waiting for a lost one")
             phase.pending.remove(host)
 
@@ -148,7 +149,8 @@ def _judge(known: Known, phase: Running) -> Commands:
         known.failures = -1
         for host in phase.members:
             known.troubles.pop(host.place, None)
-    culprits = {host: host.reason for host in lost} | {host: outcome.reason for host, outcome in failed.items()}
+    culprits = {host: host.reason for host in lost if not host.victim}
+    culprits |= {host: outcome.reason for host, outcome in failed.items()}
     if len(culprits) < len(phase.members):  # what befalls all is no single machine's trouble
         yield from _blame(known, culprits)
     yield from note_failure(known, reasons[0])

@@ -21,7 +21,7 @@ from cluster.elastic.decisions.known import (
     Running,
 )
 from cluster.elastic.decisions.observations import AddressGiven, Offered
-from cluster.elastic.decisions.staffing import free_gpus, hopeless, mark_lost, start_missing, wanted
+from cluster.elastic.decisions.staffing import bind_gpus, hopeless, mark_lost, start_missing, wanted
 from cluster.elastic.decisions.watching import ask_for_beat
 from cluster.elastic.events import HostJoined, MembershipFormed, Message
 from cluster.elastic.membership import Member, Membership, StateId, node_name
@@ -143,12 +143,11 @@ def _could_not_meet(known: Known, reason: str) -> Commands:
 
 def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, int]) -> Commands:
     known.number += 1
+    bind_gpus(known, phase.hosts)
     members = []
     for host in phase.hosts:
         assert host.info is not None, "a host that was asked to train is ready"
-        if host.gpus is None:
-            host.gpus = free_gpus(known, host, phase.hosts)
-        members.append(Member(host.name, host.node, host.info.cores or host.info.machine, host.gpus))
+        members.append(Member(host.name, host.node, host.info.cores or host.info.machine, host.gpus or ()))
         if not host.used:
             host.used = True
             at = known.now if host.spare else host.started

@@ -1,6 +1,7 @@
 """All that the coordinator knows, as plain data, and what follows from it without a decision."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.elastic.decisions.observations import Offered
@@ -33,6 +34,7 @@ class HostRecord:
         used: whether it was in a membership.
         ending: since when it writes what is left to be written, to be ended then.
         given_up: when it was last silent after its membership had ended without it; None if it owes no outcome.
+        victim: whether it was killed since it waited for another one, and could not be woken.
         lost: whether its process is gone, or was killed.
         reason: why it was lost; empty if nobody needed it any more.
     """
@@ -53,6 +55,7 @@ class HostRecord:
     used: bool = False
     ending: float | None = None
     given_up: float | None = None
+    victim: bool = False
     lost: bool = False
     reason: str = ""
 
@@ -256,6 +259,13 @@ class Known:
 
     def alive(self) -> list[HostRecord]:
         return [host for host in self.hosts.values() if not host.lost]
+
+    def by_node(self, hosts: Iterable[HostRecord]) -> dict[str, list[HostRecord]]:
+        """Hosts by their nodes, of which those without any have an empty list."""
+        found: dict[str, list[HostRecord]] = defaultdict(list)
+        for host in hosts:
+            found[host.node].append(host)
+        return found
 
     def starting(self) -> list[HostRecord]:
         return [host for host in self.alive() if host.info is None]

@@ -33,11 +33,12 @@ def start_missing(known: Known, spares: bool) -> Commands:
 
     A spare imports for half a minute: beside a host that is about to join it would only slow that one down.
     """
+    alive, members = known.by_node(known.alive()), set(known.members)
     for node, seats in known.seats_by_node().items():
-        if node in known.leaving | known.dead:
+        if node in known.leaving or node in known.dead:
             continue
-        here = [host for host in known.alive() if host.node == node]
-        at_work = spares and sum(host in known.members for host in here) >= seats
+        here = alive[node]
+        at_work = spares and sum(host in members for host in here) >= seats
         for place in range(len(here), seats + (known.scaling.warm_spares if at_work else 0)):
             spare = place >= seats
             if (not spare and node in known.left_out) or known.now < known.vacancy(node, spare).retry_at:
@@ -65,12 +66,11 @@ def host_prepared(known: Known, host: HostRecord, prepared: HostPrepared) -> Com
 
 def end_surplus(known: Known) -> Commands:
     """End the hosts that are neither members nor spares of a node with seats, once what they hold is written."""
-    seats = known.seats_by_node()
-    for node in dict.fromkeys(host.node for host in known.hosts.values()):
+    seats, members = known.seats_by_node(), set(known.members)
+    for node, here in known.by_node(known.alive()).items():
         room = 0 if node in known.leaving or not seats[node] else seats[node] + known.scaling.warm_spares
-        here = sorted((host for host in known.alive() if host.node == node), key=lambda host: host not in known.members)
-        for host in here[room:]:
-            if host not in known.members and host.ending is None:
+        for host in sorted(here, key=lambda host: host not in members)[room:]:
+            if host not in members and host.ending is None:
                 host.ending = known.now
                 yield Flush(host.name)
 
@@ -146,27 +146,34 @@ def _judge_failed_starts(known: Known, asked: float) -> Commands:
 
 def wanted(known: Known) -> list[HostRecord]:
     """The hosts that should train: for every seat a ready one that answers, on a node that stays."""
-    chosen: list[HostRecord] = []
+    members, chosen = set(known.members), dict[HostRecord, None]()
+    usable = known.by_node(
+        host for host in known.hosts.values()
+        if host.ready and host.ending is None and (host in members or (not host.busy and known.answers(host)))
+    )  # fmt: skip
     for (node, gpus), number in known.places().items():
         if node in known.leaving:
             continue
-        fitting = [
-            host for host in known.hosts.values()
-            if host.node == node and host.ready and host.gpus in (None, gpus) and host not in chosen
-            and host.ending is None
-            and (host in known.members or (not host.busy and known.answers(host)))
-        ]  # fmt: skip
+        fitting = [host for host in usable[node] if host.gpus in (None, gpus) and host not in chosen]
         # Those that train go on; then those bound to these GPUs; spares last.
-        fitting.sort(key=lambda host: (host not in known.members, host.gpus is None))
-        chosen.extend(fitting[:number])
-    return chosen
+        fitting.sort(key=lambda host: (host not in members, host.gpus is None))
+        chosen |= dict.fromkeys(fitting[:number])
+    return list(chosen)
 
 
-def free_gpus(known: Known, host: HostRecord, others: list[HostRecord]) -> tuple[str, ...]:
-    """GPUs of a seat on the host's node that none of ``others`` has."""
-    taken = {other.gpus for other in others if other is not host and other.node == host.node and other.gpus}
-    free = [gpus for node, gpus in known.places() if node == host.node and gpus not in taken]
-    return free[0] if free else ()
+def bind_gpus(known: Known, hosts: list[HostRecord]) -> None:
+    """Give each of these hosts that has no GPUs yet those of a seat on its node that none of the others has."""
+    taken = {(host.node, host.gpus) for host in hosts if host.gpus}
+    free: dict[str, list[tuple[str, ...]]] = {}
+    for node, gpus in known.places():
+        if (node, gpus) not in taken:
+            free.setdefault(node, []).append(gpus)
+    for host in hosts:
+        if host.gpus is None:
+            here = free.get(host.node, [])
+            host.gpus = here[0] if here else ()
+            if host.gpus:
+                here.pop(0)
 
 
 def hopeless(known: Known) -> str:
