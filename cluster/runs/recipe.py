@@ -126,7 +126,7 @@ class Recipe:
             ("steps", f"{training.max_steps:,} × {batch} = {tokens / 1e6:,.1f}M tokens"),
             ("optimizer", f"AdamW, peak learning rate {self.optimizer.lr:g}"),
             ("schedule", f"{schedule.warmup_steps:,} steps of warm-up, {schedule.decay_steps:,} of decay to zero"),
-            ("engine", f"DeepSpeed ZeRO-{self.engine.zero_stage}, precision {self.engine.precision}"),
+            ("engine", f"DeepSpeed, {self.engine.describe_states()}, precision {self.engine.precision}"),
             ("memory", f"{states:,.2f} GiB of model and optimizer states on one worker, besides activations"),
             ("run", f"{self.storage}/runs/{self.name}"),
         ]

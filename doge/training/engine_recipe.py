@@ -23,6 +23,13 @@ class EngineRecipe:
     """Whether every worker holds the whole training state, so that no step is lost with one, or a part of it; ``auto``
     is the whole state, unless a worker finds that not even one unit fits beside it."""
 
+    def describe_states(self) -> str:
+        """Where the training state is, for a reader."""
+        partitioned = f"partitioned over the workers (ZeRO-{self.zero_stage})"
+        if self.states == "partitioned":
+            return f"states {partitioned}"
+        return "states whole on every worker" + (f", or {partitioned} if they do not fit" * (self.states == "auto"))
+
     def check(self) -> None:
         if self.zero_stage == 0 and self.precision == "bf16":
             raise UserError(

@@ -95,6 +95,11 @@ class Network:
         )
         self._start(letter, "ip", "netns", "exec", space, "unshare", "-m", "sh", "-c", start)
 
+    def wait_until_up(self) -> None:
+        """Return once every machine's Ray node has started."""
+        for space in self._spaces:
+            self._wait_for(space[-1], "Ray runtime started")
+
     def cut(self, letter: str) -> None:
         """Cut a machine's link: nothing comes through, and nobody is told."""
         _run("ip", "link", "set", self._link(letter), "down")

@@ -47,6 +47,10 @@ class Looker:
             text=True, cwd=ROOT, env=network.environment() | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
     def hosts(self) -> list[dict]:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -87,6 +91,7 @@ def test_survivors_of_a_cut_link_keep_their_processes_and_lose_no_step(one_worke
     with tempfile.TemporaryDirectory(prefix="doge-cut-", dir="/tmp") as folder, Network(Path(folder), home) as network:
         for number, letter in enumerate("abc"):
             network.add_machine(letter, number + 2)
+        network.wait_until_up()
         (Path(folder) / "recipe.yaml").write_text(to_yaml(recipe))
         with open(f"{folder}/driver.log", "w") as log:
             driver = subprocess.Popen(
@@ -115,10 +120,11 @@ def test_survivors_of_a_cut_link_keep_their_processes_and_lose_no_step(one_worke
                 )  # fmt: skip
             step_of(3)
             now = {host["pid"] for host in looker.hosts()}
-            looker.process.kill()
+            looker.close()
             assert driver.wait(PATIENCE) == 0
         finally:
             driver.kill()
+            driver.wait()
             said = Path(folder, "driver.log").read_text()
             print(said)
     print(f"partition_seconds: {seconds:.1f}")

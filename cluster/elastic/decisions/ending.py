@@ -45,7 +45,7 @@ def oversee(known: Known, phase: Running) -> Commands:
         if phase.ended_at is None:
             phase.ended_at = known.now
     if phase.ended_at is None and stalled(known, phase.pending):
-        phase.ended_at = known.now
+        phase.ended_at, phase.stalled = known.now, True
     if phase.pending and phase.ended_at is None:
         yield from _keep_fitting(known, phase)
         return
@@ -141,8 +141,10 @@ def _judge(known: Known, phase: Running) -> Commands:
         return
     reasons = [outcome.reason for outcome in outcomes if outcome.kind == "full"]
     reasons += [outcome.reason.rstrip(".") for outcome in failed.values()]
-    reasons += [f"a worker was lost ({host.reason})" for host in lost]
+    reasons += [f"a worker was lost ({host.reason})" for host in lost if not host.victim]
+    reasons += ["a worker does not answer, or not the others"] * phase.stalled
     reasons += [outcome.reason for outcome in outcomes if outcome.kind == "broken"]
+    reasons += [f"a worker was lost ({host.reason})" for host in lost]
     reasons = reasons or ["a worker does not answer"]
     yield Post(Message(f"Step {reached + 1:,} was interrupted: {reasons[0]}."))
     if progress:

@@ -159,6 +159,7 @@ class Running:
         at_work: whether all members have taken up the state.
         asked_to_leave: whether the members were asked to end it.
         ended_at: when a member was lost or failed; None while it is whole.
+        stalled: whether it was ended since nothing moved in it.
         aborted: whether those that had not noticed were told.
     """
 
@@ -172,6 +173,7 @@ class Running:
     at_work: bool = False
     asked_to_leave: bool = False
     ended_at: float | None = None
+    stalled: bool = False
     aborted: bool = False
 
 
