@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests/unit"), str(ROOT)]
 
-import simulated_hosts  # noqa: E402
-from simulated_training import TrainingSimulation  # noqa: E402
+import simulated_hosts  # type: ignore[import-not-found] # noqa: E402
+from simulated_training import TrainingSimulation  # type: ignore[import-not-found] # noqa: E402
 
 from cluster.accounts.ledger import DriverStarted, Ledger, StepRecord  # noqa: E402
 from cluster.runs.journal import Journal  # noqa: E402
@@ -47,7 +48,7 @@ class Scale(TrainingSimulation):
         self.told, self.sizes, self.replacements = 0, dict[int, int](), count()
         self.ledger.take(DriverStarted(100.0))
         super().__init__("", steps, save_steps=100, max_failures=-1, warm_spares=0, start_s=5.0)
-        self.sit(names)  # type: ignore[arg-type]  # a list of names in place of a string of letters
+        self.sit(names)  # a list of names in place of a string of letters
         self.later(60.0, self._kill)
 
     def _kill(self) -> None:
@@ -68,7 +69,7 @@ class Scale(TrainingSimulation):
         events, self.told = [*self.events[self.told :], *records], len(self.events)
         self._timed("journal", lambda: self.journal.append(events))
         for event in events:
-            self._timed("ledger", lambda event=event: self.ledger.take(event))
+            self._timed("ledger", partial(self.ledger.take, event))
         self.journal.trim(self.journal.end)  # all sinks have got it
         if group.step in (self.steps // 2, self.steps):
             self.sizes[group.step] = len(pickle.dumps(self.known)) + len(json.dumps(self.ledger.to_dict()))
@@ -94,7 +95,7 @@ class Scale(TrainingSimulation):
         return parts | {"growth": self.sizes[self.steps] / self.sizes[self.steps // 2]}
 
 
-class _Forgetful(list):  # type: ignore[type-arg]
+class _Forgetful(list[Any]):
     """The simulation's list of commands, of which nobody reads any here."""
 
     def append(self, _: Any) -> None:

@@ -22,8 +22,8 @@ class Board:
         self._publisher = 0  # the latest membership of which a member has begun to publish
         self._progress = asyncio.Condition()
 
-    async def post(self, event: Event) -> None:
-        self._waiting.append(event)
+    async def post(self, *events: Event) -> None:
+        self._waiting.extend(events)
 
     async def take(self, journaled: int) -> list[Event]:
         """Drop the first ``journaled`` posts of all, which are in the journal, and return those after them."""

@@ -91,6 +91,10 @@ class Recipe:
                 f"({config.vocab_size}): lower it, or set --model.vocab-size."
             )
         self.engine.check()
+        if self.training.on_nonfinite == "skip" and self.engine.states == "partitioned":
+            raise UserError(
+                "training.on_nonfinite = skip needs the whole state on every worker: leave --engine.states partitioned out."
+            )
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
         if self.name in ("", ".", "..") or "/" in self.name:

@@ -1,11 +1,12 @@
 """What a member of a training posts to the driver: metrics, samples, and where its time went."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.accounts.ledger import StepRecord
 from cluster.elastic.events import Event
+from cluster.workloads.outbox import Outbox
 from cluster.workloads.phase import Phase, TrainingSettings
 from cluster.workloads.training_events import MemberStarted, MetricsMeasured, SamplesTaken, StepMade
 from data_pipelines.order.feed import Units
@@ -23,13 +24,17 @@ class Reporter:
         host: name of the host.
         node: name of its node.
         clock_offset: seconds to add to this machine's monotonic clock for the driver's.
-        post: sends an event.
+        outbox: sends its events.
     """
 
     host: str
     node: str
     clock_offset: float
-    post: Callable[[Event], None]
+    outbox: Outbox
+
+    def post(self, event: Event, urgent: bool = True) -> None:
+        """Send an event to the driver, now or soon."""
+        self.outbox.post(event, urgent)
 
 
 class Telemetry:
@@ -113,5 +118,6 @@ class Telemetry:
             StepRecord(
                 reporter.host, reporter.node, self._device, self._membership, self._engine.step_count,
                 ended + reporter.clock_offset, dict(spent), units, used,
-            )
+            ),
+            urgent=False,
         )  # fmt: skip

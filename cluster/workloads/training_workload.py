@@ -16,6 +16,7 @@ from cluster.elastic.membership import Membership, Outcome, StateId, node_name
 from cluster.elastic.workload import Beat, Job, Stage
 from cluster.workloads.held_state import Held, Replica, SharedTrainState
 from cluster.workloads.memory_limit import MemoryLimit
+from cluster.workloads.outbox import Outbox
 from cluster.workloads.phase import TrainingSettings
 from cluster.workloads.telemetry import Reporter
 from cluster.workloads.training_loop import TrainingLoop
@@ -56,7 +57,9 @@ class TrainingWorkload:
         self.settings: TrainingSettings = job.settings
         node = node_name(socket.gethostname(), ray.get_runtime_context().get_node_id())
         self.ip = ray.util.get_node_ip_address()
-        self.reporter = Reporter(host, node, _clock_offset(job.board), job.board.post.remote)
+        self.reporter = Reporter(
+            host, node, _clock_offset(job.board), Outbox(lambda events: job.board.post.remote(*events))
+        )
         self.feeds = OpenFeeds(job.storage, self._wait_message)
         for phase in self.settings.phases:
             self.feeds.open(phase.feed)
@@ -112,6 +115,7 @@ class TrainingWorkload:
         finally:
             loop.close(broken=True)
             self._loop = None
+            self.reporter.outbox.flush()
             gc.collect()
             if self.job.use_gpu:
                 torch.cuda.empty_cache()
@@ -200,6 +204,7 @@ class TrainingWorkload:
 
         Raises UserError when nothing may be committed any more, and Superseded where this membership may not.
         """
+        self.reporter.outbox.flush()
         if reason := ray.get(self.job.board.settle.remote()):
             raise UserError(reason)
         self.job.claim.check()

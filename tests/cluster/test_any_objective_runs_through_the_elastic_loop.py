@@ -60,8 +60,8 @@ class PlainBoard:
     def __init__(self):
         self._events, self._stopped = [], None
 
-    async def post(self, event) -> None:
-        self._events.append(event)
+    async def post(self, *events) -> None:
+        self._events.extend(events)
 
     async def events(self) -> list:
         return self._events

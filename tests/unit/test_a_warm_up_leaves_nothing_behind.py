@@ -1,6 +1,7 @@
 """What follows a warm-up in its process is what the process would have done without it."""
 
 import multiprocessing
+import os
 import sys
 
 import pytest
@@ -27,6 +28,7 @@ def losses(recipe: EngineRecipe) -> list[float]:
     tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(32).expand(2, -1)
     batch = TensorBatch({"input_ids": tokens, "labels": tokens, "position_ids": positions})
+    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed would take another GPU than the one that a process sees"
     made = [engine.step(batch, [2], 1.0).loss for _ in range(3)]
     engine.close()
     process_group.leave()

@@ -7,6 +7,7 @@ from cluster.elastic.decisions.ending import ARRIVE_SECONDS, WORTH
 from cluster.elastic.decisions.forming import HICCUP_SECONDS
 from cluster.elastic.decisions.known import Running
 from cluster.elastic.decisions.observations import RunInterrupted
+from cluster.elastic.decisions.watching import SILENT_SECONDS
 from cluster.elastic.membership import StateId
 
 
@@ -66,6 +67,20 @@ def test_after_a_hiccup_the_few_that_answer_first_do_not_go_on_alone():
         run.wake(host)
     run.until(run.formed(2))
     assert len(run.nodes(2)) >= 4
+
+
+def test_spares_that_went_silent_with_their_node_are_no_hiccup():
+    run = Simulation("ab", num_workers=(1, 2), warm_spares=1)
+    run.until(run.formed(1))
+    run.spare("a")
+    run.spare("b")
+    for host in run.hosts.values():
+        if host.node == "b":
+            host.silent = True
+    survivor = run.at("a", 1)
+    survivor.waiting, survivor.moves = True, False
+    assert run.until(run.formed(2)) < SILENT_SECONDS + 4
+    assert run.nodes(2) == {"a"}
 
 
 def test_those_that_never_answer_are_not_waited_for_without_an_end():

@@ -384,6 +384,22 @@ def test_a_state_that_is_newer_than_was_told_is_asked_for_again_with_copies():
     assert [(run.host, run.given) for run in of(RunMember, commands)] == [("a1", False), ("b1", True)]
 
 
+def test_a_seat_that_comes_back_with_another_gpu_gets_a_host_and_the_old_one_hands_on_its_state():
+    state = known(host("a1", gpus=("0",), beat=Beat(Stage.IDLE, held=StateId(7, 1))), seats="a")
+    state.seats = (Seat("group", 0, 1, "a", ("1",)),)
+    state.number = 1
+    (start,) = of(StartHost, decide(state, Tick(), 100.1))
+    assert start.node == "a"
+    decide(state, HostPrepared(start.host, HostInfo(9, "a", "")), 101.0)
+    commands = decide(state, BeatHeard(start.host, Beat(Stage.IDLE)), 101.1)
+    assert of(AskForOffer, commands) == [AskForOffer("a1", copy="always")]
+    decide(state, Offered("a1", StateId(7, 1), copied=True), 101.2)
+    (run,) = of(RunMember, decide(state, AddressGiven(start.host, ("a", 1)), 101.3))
+    assert run.membership.members[0].gpus == ("1",)
+    beat = Beat(Stage.STEPPING, membership=2)
+    assert of(Flush, decide(state, BeatHeard(start.host, beat), 101.6)) == [Flush("a1")]
+
+
 def test_a_host_alone_offers_no_copies():
     state = known(host("a1"), seats="a")
     decide(state, Tick(), 100.1)

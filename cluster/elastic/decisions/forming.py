@@ -56,8 +56,8 @@ def gather(known: Known) -> Commands:
 
 
 def _is_hiccup(known: Known, hosts: list[HostRecord]) -> bool:
-    """Whether so many became silent just now that the few which answer shall not take the whole batch yet."""
-    silent = [host for host in known.alive() if host.ready and not known.answers(host)]
+    """Whether so many members became silent just now that the few which answer shall not take the whole batch yet."""
+    silent = [host for host in known.alive() if host.used and not known.answers(host)]
     return len(silent) > len(hosts) and known.lost_at is not None and known.now - known.lost_at < HICCUP_SECONDS
 
 

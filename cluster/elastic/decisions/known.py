@@ -281,6 +281,12 @@ class Known:
         places = Counter((seat.node, seat.gpus) for seat in self.seats)
         return Counter({place: number for place, number in places.items() if not self.barred(place)})
 
+    def misfits(self) -> set[HostRecord]:
+        """Hosts that are bound to GPUs of which no seat on their node has any: seats may come back with others."""
+        places = {(seat.node, seat.gpus) for seat in self.seats}
+        nodes = {node for node, _ in places}
+        return {h for h in self.hosts.values() if h.gpus and h.node in nodes and (h.node, h.gpus) not in places}
+
     def seats_by_node(self) -> Counter[str]:
         seats: Counter[str] = Counter()
         for (node, _), number in self.places().items():

@@ -33,7 +33,8 @@ def start_missing(known: Known, spares: bool) -> Commands:
 
     A spare imports for half a minute: beside a host that is about to join it would only slow that one down.
     """
-    alive, members = known.by_node(known.alive()), set(known.members)
+    misfits, members = known.misfits(), set(known.members)
+    alive = known.by_node(host for host in known.alive() if host not in misfits)
     for node, seats in known.seats_by_node().items():
         if node in known.leaving or node in known.dead:
             continue
@@ -66,10 +67,11 @@ def host_prepared(known: Known, host: HostRecord, prepared: HostPrepared) -> Com
 
 def end_surplus(known: Known) -> Commands:
     """End the hosts that are neither members nor spares of a node with seats, once what they hold is written."""
-    seats, members = known.seats_by_node(), set(known.members)
+    seats, members, misfits = known.seats_by_node(), set(known.members), known.misfits()
     for node, here in known.by_node(known.alive()).items():
         room = 0 if node in known.leaving or not seats[node] else seats[node] + known.scaling.warm_spares
-        for host in sorted(here, key=lambda host: host not in members)[room:]:
+        fitting = sorted((host for host in here if host not in misfits), key=lambda host: host not in members)
+        for host in [*fitting[room:], *(host for host in here if host in misfits)]:
             if host not in members and host.ending is None:
                 host.ending = known.now
                 yield Flush(host.name)
