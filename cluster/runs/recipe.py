@@ -93,7 +93,8 @@ class Recipe:
         self.engine.check()
         if self.training.on_nonfinite == "skip" and self.engine.states == "partitioned":
             raise UserError(
-                "training.on_nonfinite = skip needs the whole state on every worker: leave --engine.states partitioned out."
+                "training.on_nonfinite = skip needs the whole state on every worker: do not set --engine.states "
+                "partitioned beside it."
             )
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)

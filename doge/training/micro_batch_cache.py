@@ -47,6 +47,7 @@ def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[st
     device, module = engine.device, engine.module
     config: Any = getattr(module, "config", None)
     is_gpu = device.type == "cuda"
+    partitioned = engine.replicas is None and engine.zero_stage > 0
     return {
         "device": device_name(device),
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if is_gpu else 0,
@@ -56,7 +57,7 @@ def micro_batch_circumstances(engine: "Engine", sequence_length: int) -> dict[st
         "precision": str(engine.dtype).removeprefix("torch."),
         "compiled": engine.compiled,
         "zero_stage": engine.zero_stage,
-        "world_size": engine.world_size if engine.zero_stage else 1,  # states are partitioned over it
+        "world_size": engine.world_size if partitioned else 1,
         "gradient_checkpointing": bool(getattr(module, "is_gradient_checkpointing", False)),
     }
 
