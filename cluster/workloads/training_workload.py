@@ -92,6 +92,7 @@ class TrainingWorkload:
             self.kept = None
             self.drop_replica()
         elif start != self._held_id():
+            self.enter(Stage.IDLE, "idle", start.step)
             return Outcome("broken", start.step, f"worker {rank} holds another state than it had told")
         loop = self._loop = TrainingLoop(self, membership, rank)
         try:
@@ -161,7 +162,7 @@ class TrainingWorkload:
             membership=self._membership,
             step=step,
             step_seconds=self.step_seconds,
-            progress=self._moves + (loop.progress if loop is not None else 0),
+            progress=self._moves + self.checkpoints.attempts + (loop.progress if loop is not None else 0),
             held=self._held_id(),
         )
 

@@ -198,10 +198,11 @@ def passing(state: Known, until: float, beats: dict[str, Beat]) -> list:
         (Beat(Stage.IDLE), 1.0, 1e6, False),
         (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG - 1, False),
         (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG + 1, True),
-        (Beat(Stage.BETWEEN, "evaluation"), 1.0, HANG + 1, True),
-        (Beat(Stage.BETWEEN, "commit"), 1.0, HANG + 1, True),
+        (Beat(Stage.BETWEEN, "evaluation"), 1.0, 10 * HANG + 1, True),
+        (Beat(Stage.BETWEEN, "commit"), 1.0, 10 * HANG - 1, False),  # its storage is slow
+        (Beat(Stage.BETWEEN, "commit"), 1.0, 10 * HANG + 1, True),
         (Beat(Stage.BUILDING, "engine"), 0.0, 10 * HANG + 1, True),
-        (Beat(Stage.CLOSING, "closing"), 1.0, HANG + 1, True),
+        (Beat(Stage.CLOSING, "closing"), 1.0, 10 * HANG + 1, True),
     ],
 )
 def test_a_host_that_does_not_move_is_lost_unless_it_waits(beat, longest, still, stuck):

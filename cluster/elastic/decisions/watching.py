@@ -88,7 +88,8 @@ def _stuck(known: Known, host: HostRecord) -> str:
     ending = any(member.lost for member in known.members)  # a host that waited for a lost one stops waiting
     if beat.waiting or beat.stage in (Stage.STARTING, Stage.IDLE) or ending:
         return ""
-    limit = max(patience, USUAL * host.longest) if host.longest else UNKNOWN * patience
+    paced = beat.stage is Stage.STEPPING and host.longest > 0  # a read or a write may take far longer than a pass
+    limit = max(patience, USUAL * host.longest) if paced else UNKNOWN * patience
     return f"no progress in {_doing(host)} for {still:.0f} seconds" if still > limit else ""
 
 

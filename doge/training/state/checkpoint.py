@@ -46,6 +46,7 @@ class Checkpoints:
     def __init__(self, storage: Storage, keep: int = 2, say: Callable[[str], None] = lambda message: None):
         self.storage = storage
         self.last: Checkpoint | None = None  # the newest that this object committed
+        self.attempts = 0  # to write one, so far
         self._keep, self._say = keep, say
         self._changed = threading.Condition()
         self._next: _Order | None = None  # to be written as soon as the writer is free
@@ -145,6 +146,7 @@ class Checkpoints:
         pause, failed_since, attempts = FIRST_PAUSE_SECONDS, 0.0, 0
         while self._writing is not None:
             order, trouble, error, dropped = self._writing, None, None, False
+            self.attempts += 1
             try:
                 self._write(order)
             except Superseded:
