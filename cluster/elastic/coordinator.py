@@ -47,7 +47,7 @@ from cluster.elastic.decisions.observations import (
 )
 from cluster.elastic.events import Message
 from cluster.elastic.host import kill_host, start_host
-from cluster.elastic.membership import Offer, Seat
+from cluster.elastic.membership import Offer, Outcome, Seat
 from cluster.elastic.workload import Job
 from cluster.machines.nodes import draining_and_dead_nodes
 from cluster.machines.scaling import ScalingRecipe
@@ -179,6 +179,9 @@ class Coordinator:
         """Turn a host's answer, or the error that comes instead, into an observation."""
         try:
             observation = learn(host, await answer)
+        except ray.exceptions.ObjectLostError as error:  # the state on its way, with the host that offered it
+            reason = f"the state was lost on its way ({type(error).__name__})"
+            observation = MemberEnded(host, Outcome("broken", 0, reason))
         except ray.exceptions.RayError as error:
             observation = host_failure(host, error)
         self._observed.put_nowait(observation)

@@ -36,7 +36,7 @@ def careful_step(loop: "TrainingLoop", step: int, make: Callable[[], StepResult]
         except NotFinite as again:
             if loop.settings.on_nonfinite == "stop":
                 raise _end(loop, step, again.loss, again.grad_norm) from None
-            loop.engine.step_count += 1
+            loop.engine.skip()
             _tell(loop, step, again)
             return None
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):

@@ -51,6 +51,7 @@ class TrainingLoop:
         self._engine: Engine | None = None
         self._group: Communicator | None = None
         self._abandoned = threading.Event()
+        self._partitions = False  # DeepSpeed's group is that of the membership, and not this process's own
         self._committed = time.monotonic()  # when the last checkpoint was handed over, or this began
         self._read_ahead: ReadAhead[Any] | None = None
 
@@ -86,7 +87,8 @@ class TrainingLoop:
             group.abort()
         if (read_ahead := self._read_ahead) is not None:
             read_ahead.stop()
-        process_group.abort()
+        if self._partitions:
+            process_group.abort()
 
     def enter(self) -> None:
         """Join the group, and bring an engine to the state that the membership starts from."""
@@ -101,13 +103,13 @@ class TrainingLoop:
         partitions, self._owes = (number > 0 for number in common.tolist())
         joined = time.monotonic()
         workload.enter(Stage.BUILDING, "engine")
-        engine = self._engine = self._partitioned(group) if partitions else self._replica(group)
-        if self._abandoned.is_set():
-            raise CommunicationError("The membership was abandoned.")
         try:
+            engine = self._engine = self._partitioned(group) if partitions else self._replica(group)
+            if self._abandoned.is_set():
+                raise CommunicationError("The membership was abandoned.")
             self.pace = self._first_pace()
-        except NothingFits as error:
-            if engine.replicas is None or self.settings.engine.states != "auto" or self.world_size == 1:
+        except (NothingFits, torch.OutOfMemoryError) as error:
+            if partitions or self.settings.engine.states != "auto" or self.world_size == 1:
                 raise
             workload.partitions = True
             workload.say(f"Worker {self.rank} cannot hold the whole training state: all workers hold a part of it now.")
@@ -127,6 +129,7 @@ class TrainingLoop:
     def _partitioned(self, group: Communicator) -> Engine:
         """An engine of this membership alone, whose state is partitioned over its members."""
         workload = self.workload
+        self._partitions = True
         workload.release_replica()
         state, position = workload.kept.checkpoint() if workload.kept else (None, workload.first_position())
         self._begin_at(position, state.step if state else 0)
@@ -167,10 +170,12 @@ class TrainingLoop:
         group, self._group = self._group, None
         if broken and group is not None:
             group.abort()
-        if engine is not None and engine.replicas is None:
+        if self._partitions:
+            self._partitions = False
             if broken:
                 process_group.abort()
-            engine.close()
+            if engine is not None:
+                engine.close()
             process_group.leave()
         elif engine is not None and engine.whole:
             engine.leave()
@@ -225,6 +230,8 @@ class TrainingLoop:
                 if changed:
                     plan = self.pace.shares
                     self._read(plan)
+            if workload.replica is not None and self.rank == 0 and workload.handed_over != engine.step_count:
+                self._timed("commit", partial(self.commit, True))  # who should have written the last state may be gone
             self._timed("commit", workload.checkpoints.wait)
         finally:
             # A collective that broke is no step without progress.
@@ -295,7 +302,7 @@ class TrainingLoop:
             position = self._next_phase(position)
         if not replicated:
             workload.kept = Held.of((state, position), self.membership.number)
-        number = self.membership.number
+        number, workload.handed_over = self.membership.number, state.step
         workload.checkpoints.save(
             state, position, partial(workload.settle, number), partial(workload.check_epoch, number)
         )

@@ -70,6 +70,7 @@ class TrainingWorkload:
         self.partitions = self.settings.engine.states == "partitioned"
         self.kept: Held | None = None  # the newest state, where it lies in memory and in no engine that may step on
         self.replica: Replica | None = None  # else the engine that has the whole state
+        self.handed_over = -1  # step of the last state that this host gave to be written
         self.speed = 0.0  # units per second; 0 is unknown
         self.limit = MemoryLimit()
         self.step_seconds = 0.0

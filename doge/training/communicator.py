@@ -97,11 +97,11 @@ class Communicator:
     def abort(self) -> None:
         """End the group at once, also for a thread of this process that waits in it. Thread-safe."""
         self._ended.set()
-        if self._nccl is not None:
-            self._nccl.abort()
         for connection in self._connections():
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        if self._nccl is not None:  # last, for it may wait itself
+            self._nccl.abort()
 
     def close(self) -> None:
         """Leave the group. Abort one that hangs on a GPU first: leaving waits for its collectives."""
@@ -146,6 +146,10 @@ class Communicator:
             self._nccl = dist.ProcessGroupNCCL(
                 dist.PrefixStore("nccl", store), self.rank, self.size, dist.ProcessGroupNCCL.Options()
             )
+        store.set_timeout(_FOREVER)
+        if self._nccl is not None:  # it is created in its first exchange: now, while all are here
+            self._nccl.allreduce([torch.zeros(1, device=self.device)]).wait()
+            torch.cuda.synchronize(self.device)
         if self.ended:
             raise CommunicationError("the group was abandoned")
 

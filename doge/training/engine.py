@@ -31,6 +31,7 @@ from doge.training.optimizer import OptimizerRecipe
 from doge.training.state.train_state import (
     TrainState,
     check_fits,
+    count_steps,
     fill_moments,
     freeze,
     gather_state,
@@ -105,8 +106,9 @@ class Engine:
             restore(self._engine, state)
 
         elif replicas is not None:  # built from one seed, but maybe by another device's random numbers
-            replicas.broadcast(*(parameter.detach() for parameter in self.module.parameters()))
-            overwrite(self._engine, self._require_state())
+            first = self._require_state()
+            replicas.broadcast(*first.parameters.values())  # those that are frozen are `_frozen`'s own
+            overwrite(self._engine, first)
 
     @property
     def rank(self) -> int:
@@ -150,6 +152,11 @@ class Engine:
     def join(self, replicas: Communicator) -> None:
         """Step with these replicas from now on, which hold the same state."""
         self.replicas = replicas
+
+    def skip(self) -> None:
+        """Count a step that updates nothing; only for a replica."""
+        self.step_count += 1
+        count_steps(self._engine, self.step_count)
 
     def load(self, state: TrainState) -> None:
         """Take up a state of the same model; only for a replica."""

@@ -19,6 +19,7 @@ class Loop:
         self.rank, self.posts, self.said, self.commits = rank, [], [], 0
         self.settings = SimpleNamespace(on_nonfinite=on_nonfinite)
         self.engine = SimpleNamespace(step_count=100, replicas=replicas, all_gather_floats=lambda numbers: [numbers])
+        self.engine.skip = lambda: setattr(self.engine, "step_count", self.engine.step_count + 1)
         checkpoints = SimpleNamespace(wait=lambda timeout: None, steps=lambda: list(steps))
         self.workload = SimpleNamespace(say=self.said.append, checkpoints=checkpoints)
         self.position, self.phase = SimpleNamespace(next_unit=800), SimpleNamespace(units_per_step=8)

@@ -117,6 +117,7 @@ def of(kind: type, commands: list) -> list:
         (Beat(Stage.STEPPING, step_seconds=10.0), ("0",), 30.0),
         (Beat(Stage.BETWEEN), ("0",), HANG),
         (Beat(Stage.JOINING), (), HANG),
+        (Beat(Stage.JOINING, waiting=True), (), BUILD_SECONDS),
         (Beat(Stage.CLOSING), (), HANG),
     ],
 )
@@ -267,6 +268,12 @@ def test_members_that_all_wait_for_each_other_without_an_end_are_told_to_stop():
     beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True) for name in ("a1", "b1")}
     assert not of(Abort, passing(state, 100.0 + STALL_SECONDS, beats))
     assert len(of(Abort, passing(state, 100.0 + STALL_SECONDS + ABORT_SECONDS + 2, beats))) == 2
+
+
+def test_gathering_a_large_state_is_no_stall():
+    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
+    beats = {name: Beat(Stage.BETWEEN, "commit", membership=1, waiting=True) for name in ("a1", "b1")}
+    assert not of(Abort, passing(state, 100.0 + 5 * STALL_SECONDS, beats))
 
 
 def test_a_slow_exchange_is_no_stall():

@@ -120,7 +120,7 @@ def _go_on(known: Known) -> Commands:
             case Running():
                 yield from oversee(known, phase)
             case Pausing(until):
-                if known.now >= until or known.stopped:
+                if known.now >= until or known.stopped or known.interrupted:
                     known.phase = Gathering()
             case Over():
                 return

@@ -106,7 +106,10 @@ def stalled(known: Known, members: list[HostRecord]) -> bool:
     if not heard or not all(host.beat.waiting for host in heard):
         return False
     alone = len(heard) < len(members) and all(known.now - host.moved > ANSWER_SECONDS for host in heard)
-    return alone or all(known.now - host.moved > STALL_SECONDS for host in heard)
+    stepping = all(host.beat.stage is Stage.STEPPING for host in heard)  # to gather a large state takes longer
+    limit = max(STALL_SECONDS, *(USUAL * host.longest for host in heard))
+    limit = limit if stepping else max(limit, UNKNOWN * known.scaling.hang_timeout_s)
+    return alone or all(known.now - host.moved > limit for host in heard)
 
 
 def host_failed(known: Known, host: HostRecord, failed: HostFailed) -> Commands:
@@ -123,6 +126,8 @@ def grace(known: Known, host: HostRecord) -> float:
     after its micro-batch, or its checkpoint; only on a GPU it may be a collective that the computing waits for.
     """
     step = 3 * host.beat.step_seconds
+    if host.beat.stage is Stage.JOINING and host.beat.waiting:
+        return BUILD_SECONDS  # it may be connecting, and gives up by itself
     if host.beat.waiting:
         return KILL_SECONDS
     if host.beat.stage is Stage.BUILDING:

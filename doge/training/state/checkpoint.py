@@ -45,7 +45,7 @@ class Checkpoints:
 
     def __init__(self, storage: Storage, keep: int = 2, say: Callable[[str], None] = lambda message: None):
         self.storage = storage
-        self.last: Checkpoint | None = None  # the newest that this object committed
+        self.committed: int | None = None  # the newest step that this object committed
         self.attempts = 0  # to write one, so far
         self._keep, self._say = keep, say
         self._changed = threading.Condition()
@@ -53,11 +53,6 @@ class Checkpoints:
         self._writing: _Order | None = None
         self._trouble: Exception | None = None  # why the storage fails, while it does
         self._error: BaseException | None = None  # what ended the writing, until it is raised
-
-    @property
-    def committed(self) -> int | None:
-        """The newest step that this object committed."""
-        return None if self.last is None else self.last[0].step
 
     def steps(self) -> list[int]:
         """Steps that have a directory, ascending; whether each is whole is only known by loading it."""
@@ -179,7 +174,7 @@ class Checkpoints:
                 if trouble is None:
                     self._trouble, self._error = None, error
                     if error is None and not dropped:
-                        self.last = order.state, order.position
+                        self.committed = order.state.step
                     self._writing = None
                 if error is not None:
                     self._next = None

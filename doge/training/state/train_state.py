@@ -135,9 +135,14 @@ def overwrite(engine: "DeepSpeedEngine", state: TrainState) -> None:
     """`restore`, for an engine alone in its group that holds another state: its weights and AdamW's count too."""
     for name, parameter in engine.module.named_parameters():
         parameter.copy_(state.parameters[name])
-    for values in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
-        values["step"].fill_(state.step)
+    count_steps(engine, state.step)
     restore(engine, state)
+
+
+def count_steps(engine: "DeepSpeedEngine", step: int) -> None:
+    """Let AdamW believe that it has made so many steps, as its bias correction depends on them."""
+    for values in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        values["step"].fill_(step)
 
 
 def gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
