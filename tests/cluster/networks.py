@@ -77,7 +77,7 @@ class Network:
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
 
     def add_machine(self, letter: str, number: int) -> None:
-        """Start a machine whose Ray node is started again whenever it ends, as a service would."""
+        """Start a machine whose Ray node is started again whenever it ends, as a service would; wait until it is up."""
         space, outer = f"doge{self.mark}{letter}", self._link(letter)
         self._spaces.append(space)
         _run("ip", "netns", "add", space)
@@ -94,11 +94,7 @@ class Network:
             "--disable-usage-stats --include-log-monitor=false --object-store-memory=100000000; sleep 1; done"
         )
         self._start(letter, "ip", "netns", "exec", space, "unshare", "-m", "sh", "-c", start)
-
-    def wait_until_up(self) -> None:
-        """Return once every machine's Ray node has started."""
-        for space in self._spaces:
-            self._wait_for(space[-1], "Ray runtime started")
+        self._wait_for(letter, "Ray runtime started")
 
     def cut(self, letter: str) -> None:
         """Cut a machine's link: nothing comes through, and nobody is told."""
@@ -121,7 +117,7 @@ class Network:
             )
         self._processes.append(process)
 
-    def _wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> None:
+    def _wait_for(self, name: str, text: str, timeout_s: float = 150.0) -> None:
         log, deadline = self.folder / f"{name}.log", time.monotonic() + timeout_s
         while text not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()

@@ -23,8 +23,10 @@ from small_runs import losses, samples, small_recipe
 from doge.common.config_tree import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-CUT_SECONDS = float(os.environ.get("DOGE_TEST_CUT_SECONDS", "25"))
+CUT_SECONDS = float(os.environ.get("DOGE_TEST_CUT_SECONDS", "0"))
 PATIENCE = 180
+
+pytestmark = pytest.mark.skipif(CUT_SECONDS == 0, reason="takes four minutes: set DOGE_TEST_CUT_SECONDS, such as 60")
 
 LOOK = """
 import json, sys, ray
@@ -91,7 +93,6 @@ def test_survivors_of_a_cut_link_keep_their_processes_and_lose_no_step(one_worke
     with tempfile.TemporaryDirectory(prefix="doge-cut-", dir="/tmp") as folder, Network(Path(folder), home) as network:
         for number, letter in enumerate("abc"):
             network.add_machine(letter, number + 2)
-        network.wait_until_up()
         (Path(folder) / "recipe.yaml").write_text(to_yaml(recipe))
         with open(f"{folder}/driver.log", "w") as log:
             driver = subprocess.Popen(
