@@ -25,10 +25,9 @@ class EngineRecipe:
 
     def describe_states(self) -> str:
         """Where the training state is, for a reader."""
-        partitioned = f"partitioned over the workers (ZeRO-{self.zero_stage})"
         if self.states == "partitioned":
-            return f"states {partitioned}"
-        return "states whole on every worker" + (f", or {partitioned} if they do not fit" * (self.states == "auto"))
+            return f"states partitioned over the workers (ZeRO-{self.zero_stage})"
+        return "states whole on every worker" + " that can hold them" * (self.states == "auto")
 
     def check(self) -> None:
         if self.zero_stage == 0 and self.precision == "bf16":
