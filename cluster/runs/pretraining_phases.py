@@ -50,4 +50,6 @@ def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None 
         profile_steps=recipe.tracking.profile_steps,
         start_from=start_from,
         on_nonfinite=training.on_nonfinite,
+        on_spike=training.on_spike,
+        spike_factor=training.spike_factor,
     )

@@ -42,6 +42,9 @@ class TrainingRecipe:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do where a step gives no finite loss or gradient, twice: end the run, or leave its sequences out and
     record that."""
+    on_spike: Literal["off", "stop", "skip"] = "off"
+    """The same for a loss beyond spike_factor times the mean of the latest 50 steps."""
+    spike_factor: float = 2.0
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more computation."""
 
@@ -52,6 +55,8 @@ class TrainingRecipe:
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"training.{name} must be at least 1, not {value}.")
+        if not self.spike_factor > 1:
+            raise UserError(f"training.spike_factor must be above 1, not {self.spike_factor:g}: it bounds the loss.")
         if self.save_seconds is not None and not self.save_seconds > 0:
             raise UserError(f"training.save_seconds must be above 0, or null for no bound, not {self.save_seconds:g}.")
 
@@ -91,11 +96,12 @@ class Recipe:
                 f"({config.vocab_size}): lower it, or set --model.vocab-size."
             )
         self.engine.check()
-        if self.training.on_nonfinite == "skip" and self.engine.states == "partitioned":
-            raise UserError(
-                "training.on_nonfinite = skip needs the whole state on every worker: do not set --engine.states "
-                "partitioned beside it."
-            )
+        for key, does in (("on_nonfinite", self.training.on_nonfinite), ("on_spike", self.training.on_spike)):
+            if does == "skip" and self.engine.states == "partitioned":
+                raise UserError(
+                    f"training.{key} = skip needs the whole state on every worker: do not set --engine.states "
+                    "partitioned beside it."
+                )
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
         if self.name in ("", ".", "..") or "/" in self.name:
@@ -141,8 +147,8 @@ class Recipe:
 _FREE = (
     "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
     "training.save_steps", "training.save_seconds", "training.save_total_limit", "training.logging_steps",
-    "training.record_samples", "training.gradient_checkpointing", "training.on_nonfinite", "lr_scheduler.decay_steps",
-    "engine.", "scaling.", "tracking.", "ledger.", "data.",
+    "training.record_samples", "training.gradient_checkpointing", "training.on_nonfinite", "training.on_spike",
+    "training.spike_factor", "lr_scheduler.decay_steps", "engine.", "scaling.", "tracking.", "ledger.", "data.",
 )  # fmt: skip
 
 

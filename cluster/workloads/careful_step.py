@@ -1,13 +1,14 @@
-"""A step whose loss or gradient may be no number: tried twice, then left out or the end of the run."""
+"""A step whose loss or gradient is no number, or whose loss is a spike: tried twice, then left out or the run's end."""
 
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.workloads.training_events import StepSkipped
 from doge.common.errors import UserError
-from doge.training.step_result import NotFinite, StepResult
+from doge.training.step_result import StepRefused, StepResult
 
 if TYPE_CHECKING:
     from cluster.workloads.training_loop import TrainingLoop
@@ -15,36 +16,47 @@ if TYPE_CHECKING:
 FAREWELL_SECONDS = 60  # for the last good state to be written before a run that failed ends
 
 
-def careful_step(loop: "TrainingLoop", step: int, make: Callable[[], StepResult]) -> StepResult | None:
-    """Make a step; None where its units are left out, since they gave no number twice.
+def careful_step(loop: "TrainingLoop", step: int, make: Callable[[float], StepResult]) -> StepResult | None:
+    """Make a step; None where its units are left out, since they gave no number, or a spike, twice.
 
     All ranks come to the same end, for they see the same loss and norm.
 
     Args:
         step: updates made before it.
+        make: makes it, unless the loss is beyond the number that it is called with.
 
     Raises:
-        UserError: there is no number, and the recipe asks to stop there.
+        UserError: the recipe asks to stop there.
     """
+    settings = loop.settings
+    bound = math.inf if settings.on_spike == "off" else loop.position.loss.bound(settings.spike_factor)
     try:
-        result = make()
-    except NotFinite as error:
+        result = make(bound)
+    except StepRefused as error:
         if loop.rank == 0:
             loop.workload.say(f"In step {step + 1:,} {error}: the step is tried once more.")
         try:
-            return make()
-        except NotFinite as again:
-            if loop.settings.on_nonfinite == "stop":
-                raise _end(loop, step, again.loss, again.grad_norm) from None
+            result = make(bound)
+        except StepRefused as again:
+            if (settings.on_spike if again.is_spike else settings.on_nonfinite) == "stop":
+                raise _end(loop, step, again) from None
             loop.engine.skip()
             _tell(loop, step, again)
+            if again.is_spike:
+                _note(loop, bound)  # so that a level which stays becomes the usual one
             return None
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise _end(loop, step, result.loss, result.grad_norm)
+    found = StepRefused(result.loss, result.grad_norm, bound)  # only where the state is partitioned, and updated
+    if not found.is_spike or (result.loss > bound and settings.on_spike == "stop"):
+        raise _end(loop, step, found)
+    _note(loop, result.loss)
     return result
 
 
-def _tell(loop: "TrainingLoop", step: int, error: NotFinite) -> None:
+def _note(loop: "TrainingLoop", loss: float) -> None:
+    loop.position = replace(loop.position, loss=loop.position.loss.with_loss(loss))
+
+
+def _tell(loop: "TrainingLoop", step: int, error: StepRefused) -> None:
     if loop.rank > 0:
         return
     first, number = loop.position.next_unit, loop.phase.units_per_step
@@ -55,7 +67,7 @@ def _tell(loop: "TrainingLoop", step: int, error: NotFinite) -> None:
     )
 
 
-def _end(loop: "TrainingLoop", step: int, loss: float, grad_norm: float) -> UserError:
+def _end(loop: "TrainingLoop", step: int, error: StepRefused) -> UserError:
     """The error that ends the run, with the last good state on its way to the storage."""
     workload = loop.workload
     with suppress(Exception):
@@ -65,8 +77,9 @@ def _end(loop: "TrainingLoop", step: int, loss: float, grad_norm: float) -> User
     loop.engine.all_gather_floats([0.0])  # so that every rank names the same checkpoint
     first, steps = loop.position.next_unit, workload.checkpoints.steps()
     last = f"the last checkpoint is of step {steps[-1]:,}" if steps else "there is no checkpoint yet"
+    key = "on-spike" if error.is_spike else "on-nonfinite"
     return UserError(
-        f"In step {step + 1:,} (sequences {first:,} to {first + loop.phase.units_per_step - 1:,}) the loss was {loss} "
-        f"and the gradient norm {grad_norm}; {last}: start from one with a lower --optimizer.lr under another --name, "
-        "or leave such sequences out with --training.on-nonfinite skip."
+        f"In step {step + 1:,} (sequences {first:,} to {first + loop.phase.units_per_step - 1:,}) {error}; {last}: "
+        f"start from one with a lower --optimizer.lr under another --name, or leave such sequences out with "
+        f"--training.{key} skip."
     )

@@ -80,6 +80,8 @@ class TrainingSettings:
         profile_steps: steps that the first worker traces.
         start_from: checkpoint of another run to begin with.
         on_nonfinite: what follows a step whose loss or gradient is no number, twice.
+        on_spike: what follows one whose loss is beyond the bound, twice.
+        spike_factor: the bound, as a multiple of the mean loss of the latest steps.
     """
 
     phases: tuple[Phase, ...]
@@ -98,6 +100,8 @@ class TrainingSettings:
     profile_steps: int = 0
     start_from: Storage | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_spike: Literal["off", "stop", "skip"] = "off"
+    spike_factor: float = 2.0
 
     @property
     def max_steps(self) -> int:

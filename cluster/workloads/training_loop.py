@@ -32,7 +32,7 @@ from doge.training.memory import NothingFits
 from doge.training.micro_batch import micro_batch_size
 from doge.training.micro_batch_cache import MicroBatchCache
 from doge.training.objective import unit_seed
-from doge.training.state.run_position import RunPosition
+from doge.training.state.run_position import RunningMean, RunPosition
 from doge.training.step_result import StepResult
 
 if TYPE_CHECKING:
@@ -207,9 +207,8 @@ class TrainingLoop:
                 batch = self.objective.prepare(engine.module, units, self.seeds(own))
                 news = [float(workload.leave.is_set()), own_seconds, float(workload.limit.now), float(self._overdue())]
                 self.telemetry.samples(step, own, units)
-                result = careful_step(
-                    self, step, partial(engine.step, batch, shares.micro_batches[self.rank], factor, news)
-                )
+                make = partial(engine.step, batch, shares.micro_batches[self.rank], factor, news)
+                result = careful_step(self, step, make)
                 self._advance()
                 ended = time.monotonic()
                 workload.step_seconds = ended - began
@@ -312,7 +311,9 @@ class TrainingLoop:
         after = position.phase + 1
         if after == len(self.settings.phases):
             return position
-        return replace(position, phase=after, next_unit=0, feed=self.settings.phases[after].feed.fingerprint)
+        return replace(
+            position, phase=after, next_unit=0, feed=self.settings.phases[after].feed.fingerprint, loss=RunningMean()
+        )
 
     def note_limit(self, limit: int) -> None:
         """Take fewer units at once, from the next step or membership on, for a while."""

@@ -26,7 +26,7 @@ from doge.common.storage import Storage
 from doge.training.communicator import is_symptom
 from doge.training.memory import OutOfMemory
 from doge.training.state.checkpoint import Checkpoints, Superseded, load_checkpoint
-from doge.training.state.run_position import RunPosition
+from doge.training.state.run_position import RunningMean, RunPosition
 from doge.training.warm_up import warm_up
 
 
@@ -239,7 +239,7 @@ class TrainingWorkload:
         state, position = load_checkpoint(self.settings.start_from)
         phase = self.settings.phase_at(state.step)
         if (position.phase, position.feed) != (phase, self._feed(phase)):  # other data is read from its own beginning
-            position = replace(position, phase=phase, feed=self._feed(phase), next_unit=0)
+            position = replace(position, phase=phase, feed=self._feed(phase), next_unit=0, loss=RunningMean())
         self.kept = Held.of((state, position))
         return self.kept
 

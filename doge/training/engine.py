@@ -40,7 +40,7 @@ from doge.training.state.train_state import (
     restore,
 )
 from doge.training.step_clock import StepClock
-from doge.training.step_result import NotFinite, StepResult
+from doge.training.step_result import StepRefused, StepResult
 
 
 class Engine:
@@ -172,7 +172,12 @@ class Engine:
         self._abandoned = True
 
     def step(
-        self, batch: Batch, micro_batch_sizes: Sequence[int], lr_factor: float, gather: Sequence[float] = ()
+        self,
+        batch: Batch,
+        micro_batch_sizes: Sequence[int],
+        lr_factor: float,
+        gather: Sequence[float] = (),
+        max_loss: float = math.inf,
     ) -> StepResult:
         """Make one update from this rank's share of the global batch.
 
@@ -187,10 +192,11 @@ class Engine:
             micro_batch_sizes: units in each micro-batch, in order; a 0 is an empty one that only fills up.
             lr_factor: the peak learning rate is multiplied by it.
             gather: numbers that all ranks learn of each other in ``gathered``; as many on every rank.
+            max_loss: replicas make no update from a loss beyond it.
 
         Raises:
             OutOfMemory: the optimizer's step does not fit, or a micro-batch under ZeRO 2 and 3.
-            NotFinite: the loss or the gradient of replicas is no number.
+            StepRefused: the loss or the gradient of replicas is no number, or the loss is beyond its bound.
             CommunicationError: the replicas cannot meet; the engine can leave them.
             UserError: nothing to learn from, or not even a micro-batch of one unit fits.
         """
@@ -229,7 +235,7 @@ class Engine:
                     replicas.all_reduce(*gradients(self._engine))
                 means = [total / weight for total in self._all_reduce(sums).tolist()]
             if replicas is not None:
-                self._check_gradients(means[0])
+                self._check_gradients(means[0], max_loss)
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = self._peak_lr * lr_factor
             self.whole = False
@@ -328,16 +334,16 @@ class Engine:
         if self._abandoned:
             raise CommunicationError("The step was abandoned.")
 
-    def _check_gradients(self, loss: float) -> None:
-        """Raise NotFinite, with the step forgotten, unless the loss and the gradient are numbers.
+    def _check_gradients(self, loss: float, max_loss: float) -> None:
+        """Raise StepRefused, with the step forgotten, unless the loss and the gradient are sound.
 
         The norm waits for the device: what the group still exchanged when it was aborted must not be stepped with.
         """
         norm = float(torch.nn.utils.get_total_norm(gradients(self._engine)))
         self._check_abandoned()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (loss <= max_loss and math.isfinite(loss) and math.isfinite(norm)):
             discard_gradients(self._engine)
-            raise NotFinite(loss, norm)
+            raise StepRefused(loss, norm, max_loss)
 
     def _require_state(self) -> TrainState:
         state = self.state()

@@ -1,5 +1,6 @@
 """What comes of a step."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -25,9 +26,15 @@ class StepResult:
     """In collectives: waiting for other ranks, and the communication itself."""
 
 
-class NotFinite(Exception):
-    """A step's loss or gradient is no number. Nothing was updated; all ranks raise it alike."""
+class StepRefused(Exception):
+    """A step's loss or gradient is no number, or the loss beyond its bound. Nothing was updated; all ranks raise it.
 
-    def __init__(self, loss: float, grad_norm: float):
-        super().__init__(f"the loss was {loss} and the gradient norm {grad_norm}")
+    Args:
+        max_loss: the bound.
+    """
+
+    def __init__(self, loss: float, grad_norm: float, max_loss: float = math.inf):
+        self.is_spike = math.isfinite(loss) and math.isfinite(grad_norm)
+        beyond = f", beyond the bound of {max_loss:.4g}" if self.is_spike else ""
+        super().__init__(f"the loss was {loss:.4g}{beyond} and the gradient norm {grad_norm:.4g}")
         self.loss, self.grad_norm = loss, grad_norm

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import inf
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
 from doge.training.objective import LossSum, TensorBatch
 from doge.training.optimizer import OptimizerRecipe
-from doge.training.step_result import NotFinite
+from doge.training.step_result import StepRefused
 
 pytestmark = pytest.mark.slow
 
@@ -76,14 +77,14 @@ def group(*engines: Engine):
         def join(rank: int) -> None:
             engines[rank].join(Communicator(rank, len(engines), address))
 
-        def step(number: int, silent: int | None = None, broken: bool = False) -> list:
+        def step(number: int, silent: int | None = None, broken: bool = False, max_loss: float = inf) -> list:
             def one(rank: int):
                 own = batch(number, broken)[2 * rank : 2 * rank + 2] if len(engines) > 1 else batch(number, broken)
                 if rank == silent:
                     return None
                 try:
-                    return engines[rank].step(own, [1] * len(own), 1.0).loss
-                except (CommunicationError, NotFinite) as error:
+                    return engines[rank].step(own, [1] * len(own), 1.0, max_loss=max_loss).loss
+                except (CommunicationError, StepRefused) as error:
                     return error
 
             return list(pool.map(one, range(len(engines))))
@@ -145,13 +146,14 @@ def test_a_rank_that_waits_for_a_silent_one_is_woken_with_its_state_whole(engine
     assert waiting.step(batch(1), [4], 1.0).loss > 0
 
 
-def test_a_loss_that_is_no_number_updates_nothing_on_any_rank(engine):
+@pytest.mark.parametrize("misfortune", [{"broken": True}, {"max_loss": 0.1}], ids=["no number", "spike"])
+def test_a_loss_that_is_no_number_or_a_spike_updates_nothing_on_any_rank(engine, misfortune):
     engines = engine(), engine()
     with group(*engines) as step:
         step(0)
         before = [weights(each) for each in engines]
-        errors = step(1, broken=True)
-        assert all(isinstance(error, NotFinite) for error in errors)
+        errors = step(1, **misfortune)
+        assert all(isinstance(error, StepRefused) and error.is_spike == ("max_loss" in misfortune) for error in errors)
         for old, each in zip(before, engines, strict=True):
             assert each.step_count == 1
             assert all(torch.equal(a, b) for a, b in zip(old, weights(each), strict=True))

@@ -65,6 +65,11 @@ def test_every_recipe_survives_being_written_and_read():
         ({"optimizer": {"max_grad_norm": 0}}, "optimizer.max_grad_norm must be positive, not 0.0"),
         ({"scaling": {"num_cpus_per_worker": -1}}, "scaling.num_cpus_per_worker must be finite and not negative"),
         ({"training": {"save_seconds": 0}}, "training.save_seconds must be above 0, or null for no bound, not 0"),
+        ({"training": {"spike_factor": 1.0}}, "training.spike_factor must be above 1, not 1: it bounds the loss"),
+        (
+            {"training": {"on_spike": "skip"}, "engine": {"states": "partitioned"}},
+            "training.on_spike = skip needs the whole state on every worker",
+        ),
         ({"scaling": {"resources_per_worker": {"GPU": 0.5}}}, "asks for 0.5 GPU, but a worker takes one whole GPU"),
         ({"scaling": {"max_failures": -2}}, r"scaling.max_failures must be at least -1 \(no limit\), not -2"),
     ],
