@@ -19,6 +19,7 @@ from cluster.elastic.decisions.commands import (
     AskForOffer,
     AskToLeave,
     Command,
+    Commit,
     Finish,
     Flush,
     KillHost,
@@ -146,9 +147,9 @@ class Coordinator:
 
     async def _carry_out(self, command: Command) -> None:
         match command:
-            case StartHost(host, node):
+            case StartHost(host, node, aside):
                 self._handles[host] = start_host(host, node)
-                self._begin(self._ask(host, self._handles[host].prepare.remote(self._job), HostPrepared))
+                self._begin(self._ask(host, self._handles[host].prepare.remote(self._job, aside), HostPrepared))
             case KillHost(host, node, process):
                 kill_host(self._handles.pop(host), node, process)
             case AskForBeat(host):
@@ -160,10 +161,12 @@ class Coordinator:
             case RunMember(host, membership, rank, given):
                 outcome = self._handles[host].run.remote(membership, rank, self._offered if given else None)
                 self._begin(self._ask(host, outcome, MemberEnded))
-            case AskToLeave(host):
-                self._handles[host].leave.remote()
+            case AskToLeave(host, number):
+                self._handles[host].leave.remote(number)
             case Abort(host, number):
                 self._handles[host].abort.remote(number)
+            case Commit(host):
+                self._handles[host].commit.remote()
             case Flush(host):
                 self._begin(self._flush(host, self._handles[host].flush.remote()))
             case LookAtNodes(asked):

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ import ray
 from cluster.elastic.decisions.commands import Copy, Process
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
 from cluster.elastic.workload import Beat, Job, Workload
-from doge.common.machine import cores_id, process_start
+from doge.common.machine import cores_id, process_start, step_aside
 from doge.common.network import free_address
 from doge.common.storage import StorageError
 
@@ -37,23 +38,38 @@ ENVIRONMENT = {
 class Host:
     """The actor's class; `start_host` starts one.
 
-    ``prepare``, ``offer``, ``run`` and ``flush`` are called one after another in one thread. The other methods answer
-    at any time.
+    ``prepare``, ``offer``, ``run``, ``commit`` and ``flush`` are called one after another in one thread. The other
+    methods answer at any time.
     """
 
     def __init__(self, name: str):
         self.name = name
         self._workload: Workload | None = None
         self._leave = threading.Event()
+        self._lock = threading.Lock()  # of the two below, which are numbers of memberships
+        self._present = 0  # the one that it is in, or was last
+        self._asked_to_leave = 0  # the latest one that it was asked to end
 
     @ray.method(concurrency_group="loop")
-    def prepare(self, job: Job) -> HostInfo:
-        """Make the job's workload and do its slow first-time work."""
+    def prepare(self, job: Job, aside: bool) -> HostInfo:
+        """Make the job's workload and do its slow first-time work.
+
+        Args:
+            aside: whether others that compute here go first meanwhile.
+        """
         if not job.use_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        workload = job.open(self.name, self._leave)
-        self._workload = workload
-        workload.warm_up()
+
+        def open_workload() -> Workload:
+            workload = self._workload = job.open(self.name, self._leave)
+            workload.warm_up()
+            return workload
+
+        if aside:
+            with ThreadPoolExecutor(1, initializer=step_aside) as pool:
+                pool.submit(open_workload).result()
+        else:
+            open_workload()
         pid, ip = os.getpid(), ray.util.get_node_ip_address()
         return HostInfo(pid, socket.gethostname(), ip, cores_id(), process_start(pid))
 
@@ -77,11 +93,21 @@ class Host:
     @ray.method(concurrency_group="loop")
     def run(self, membership: Membership, rank: int, state: Any) -> Outcome:
         """Take part in ``membership`` as ``rank`` until it ends."""
-        self._leave.clear()
+        with self._lock:  # it may have been asked to end this one before it begins
+            self._present = membership.number
+            if self._asked_to_leave < membership.number:
+                self._leave.clear()
+            else:
+                self._leave.set()
         member = membership.members[rank]
         if member.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(member.gpus)
         return self._prepared.run(membership, rank, state)
+
+    @ray.method(concurrency_group="loop")
+    def commit(self) -> None:
+        """Hand the state that this host holds to be written, unless it is."""
+        self._prepared.commit()
 
     @ray.method(concurrency_group="loop")
     def flush(self) -> None:
@@ -89,9 +115,12 @@ class Host:
         self._prepared.flush()
 
     @ray.method(concurrency_group="control")
-    def leave(self) -> None:
-        """End the membership at the next step that all members can agree on."""
-        self._leave.set()
+    def leave(self, number: int) -> None:
+        """End membership ``number`` at the next step that all members can agree on."""
+        with self._lock:
+            self._asked_to_leave = number
+            if number == self._present:
+                self._leave.set()
 
     @ray.method(concurrency_group="control")
     def abort(self, number: int) -> None:

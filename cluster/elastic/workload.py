@@ -38,7 +38,6 @@ class Beat:
     Args:
         stage: what it is doing.
         activity: the same for a reader, such as ``evaluation``.
-        seconds: since the activity began.
         waiting: whether it waits for other members right now.
         membership: number of the membership that it is or was last in.
         step: steps made.
@@ -49,7 +48,6 @@ class Beat:
 
     stage: Stage = Stage.STARTING
     activity: str = "start"
-    seconds: float = 0.0
     waiting: bool = False
     membership: int = 0
     step: int = 0
@@ -72,8 +70,8 @@ class HeldState(Protocol):
 class Workload(Protocol):
     """What a host keeps from one membership to the next, and what it does in one.
 
-    ``warm_up``, ``newest_state``, ``run`` and ``flush`` are called one after another in one thread, the others from
-    any thread at any time.
+    ``warm_up``, ``newest_state``, ``run``, ``commit`` and ``flush`` are called one after another in one thread, the
+    others from any thread at any time.
     """
 
     def warm_up(self) -> None:
@@ -98,7 +96,10 @@ class Workload(Protocol):
         """How it is now."""
 
     def abort(self, number: int) -> None:
-        """Stop waiting for the members of membership ``number``, which has lost one; does nothing in another."""
+        """Stop what is under way in membership ``number``, or is to begin; does nothing in another."""
+
+    def commit(self) -> None:
+        """Hand the newest state that this host holds to be written, unless it is."""
 
     def flush(self) -> None:
         """Return once everything that was handed to be written is written."""

@@ -1,7 +1,7 @@
 """A training as a tuple of phases: what each learns, from which units, for how long."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -11,6 +11,7 @@ from doge.training.engine_recipe import EngineRecipe
 from doge.training.objective import Objective
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
+from doge.training.state.run_position import RunningMean, RunPosition
 
 if TYPE_CHECKING:
     from cluster.workloads.training_loop import TrainingLoop
@@ -112,6 +113,18 @@ class TrainingSettings:
         """Updates made before and after the phase with this index."""
         ends = list(accumulate((phase.steps for phase in self.phases), initial=0))
         return ends[phase], ends[phase + 1]
+
+    def next_phase(self, position: RunPosition) -> RunPosition:
+        """Where the next phase begins; the same position in the last one."""
+        after = position.phase + 1
+        if after == len(self.phases):
+            return position
+        return replace(position, phase=after, next_unit=0, feed=self.phases[after].feed.fingerprint, loss=RunningMean())
+
+    def position_to_commit(self, position: RunPosition, step: int) -> RunPosition:
+        """What a checkpoint after ``step`` updates remembers: where the next one is made, and the recipe."""
+        position = replace(position, recipe=self.recipe)
+        return self.next_phase(position) if step == self.bounds(position.phase)[1] else position
 
     def phase_at(self, step: int) -> int:
         """Index of the phase of the update after ``step``, the last one beyond the end."""

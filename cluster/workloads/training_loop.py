@@ -32,7 +32,7 @@ from doge.training.memory import NothingFits
 from doge.training.micro_batch import micro_batch_size
 from doge.training.micro_batch_cache import MicroBatchCache
 from doge.training.objective import unit_seed
-from doge.training.state.run_position import RunningMean, RunPosition
+from doge.training.state.run_position import RunPosition
 from doge.training.step_result import StepResult
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class TrainingLoop:
     def _begin_at(self, position: RunPosition, step: int) -> None:
         """Take up the phase of the update after ``step``, or the one before where something is owed there."""
         if step == self.settings.bounds(position.phase)[1] and not self._owes:
-            position = self._next_phase(position)
+            position = self.settings.next_phase(position)
         self.position = position
         self.phase = self.settings.phases[position.phase]
         self.first_step, self.end_step = self.settings.bounds(position.phase)
@@ -230,7 +230,7 @@ class TrainingLoop:
                     plan = self.pace.shares
                     self._read(plan)
             if workload.replica is not None and self.rank == 0 and workload.handed_over != engine.step_count:
-                self._timed("commit", partial(self.commit, True))  # who should have written the last state may be gone
+                self._timed("commit", self.commit)  # who should have written the last state may be gone
             self._timed("commit", workload.checkpoints.wait)
         finally:
             # A collective that broke is no step without progress.
@@ -252,7 +252,7 @@ class TrainingLoop:
         for task in due_tasks(self.phase.side_tasks, step_count, last):
             spent[task.kind] = self._timed(task.kind, partial(task.run, self))
         if last or leaving or overdue or step_count % settings.save_steps == 0:
-            spent["checkpoint"] = self._timed("commit", partial(self.commit, last))
+            spent["checkpoint"] = self._timed("commit", self.commit)
         if workload.replica is not None:
             workload.replica.settled = step_count
         if spent:
@@ -287,7 +287,7 @@ class TrainingLoop:
         """Seeds of the phase's units, the same whoever takes them."""
         return (unit_seed(self.settings.seed, self.position.phase, unit) for unit in units)
 
-    def commit(self, phase_ends: bool = False) -> None:
+    def commit(self) -> None:
         """Hand a copy of the state to the checkpoint writer; where it is partitioned, all ranks gather it."""
         workload, replicated = self.workload, self.engine.replicas is not None
         if replicated and self.rank > 0:
@@ -296,24 +296,9 @@ class TrainingLoop:
         if state is None:
             return
         self._committed = time.monotonic()
-        position = replace(self.position, recipe=self.settings.recipe)
-        if phase_ends:
-            position = self._next_phase(position)
+        position = workload.save(state, self.position, self.membership.number)
         if not replicated:
             workload.kept = Held.of((state, position), self.membership.number)
-        number, workload.handed_over = self.membership.number, state.step
-        workload.checkpoints.save(
-            state, position, partial(workload.settle, number), partial(workload.check_epoch, number)
-        )
-
-    def _next_phase(self, position: RunPosition) -> RunPosition:
-        """Where the next phase begins; the same position in the last one."""
-        after = position.phase + 1
-        if after == len(self.settings.phases):
-            return position
-        return replace(
-            position, phase=after, next_unit=0, feed=self.settings.phases[after].feed.fingerprint, loss=RunningMean()
-        )
 
     def note_limit(self, limit: int) -> None:
         """Take fewer units at once, from the next step or membership on, for a while."""

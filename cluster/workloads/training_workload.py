@@ -5,7 +5,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -22,11 +24,12 @@ from cluster.workloads.telemetry import Reporter
 from cluster.workloads.training_loop import TrainingLoop
 from data_pipelines.order.feed import Feed, FeedConfig
 from doge.common.errors import MachineError, UserError
-from doge.common.storage import Storage
+from doge.common.storage import Storage, StorageError
 from doge.training.communicator import is_symptom
 from doge.training.memory import OutOfMemory
 from doge.training.state.checkpoint import Checkpoints, Superseded, load_checkpoint
 from doge.training.state.run_position import RunningMean, RunPosition
+from doge.training.state.train_state import TrainState
 from doge.training.warm_up import warm_up
 
 
@@ -75,8 +78,9 @@ class TrainingWorkload:
         self.limit = MemoryLimit()
         self.step_seconds = 0.0
         self.traced = False  # there is a trace of steps
-        self._doing = (Stage.IDLE, "idle", 0, time.monotonic())
+        self._doing = (Stage.IDLE, "idle", 0)
         self._membership = 0
+        self._aborted = 0  # the latest membership that it was told to abort
         self._moves = 0  # of its own, beside those of its engine
         self._loop: TrainingLoop | None = None
 
@@ -96,6 +100,8 @@ class TrainingWorkload:
             self.enter(Stage.IDLE, "idle", start.step)
             return Outcome("broken", start.step, f"worker {rank} holds another state than it had told")
         loop = self._loop = TrainingLoop(self, membership, rank)
+        if self._aborted == membership.number:  # it was told before this began
+            loop.abandon()
         try:
             loop.enter()
             outcome = loop.run()
@@ -154,11 +160,10 @@ class TrainingWorkload:
             replica.engine.close()
 
     def beat(self) -> Beat:
-        (stage, activity, step, since), loop = self._doing, self._loop
+        (stage, activity, step), loop = self._doing, self._loop
         return Beat(
             stage=stage,
             activity=activity,
-            seconds=time.monotonic() - since,
             waiting=stage is Stage.JOINING if loop is None else loop.waiting,
             membership=self._membership,
             step=step,
@@ -168,9 +173,27 @@ class TrainingWorkload:
         )
 
     def abort(self, number: int) -> None:
+        self._aborted = number
         loop = self._loop
         if loop is not None and loop.membership.number == number:
             loop.abandon()
+
+    def commit(self) -> None:
+        held = self.held
+        if held is None or held.id.membership == 0 or held.id.step in (0, self.handed_over):
+            return
+        with suppress(StorageError):  # the writing waits for the storage
+            if held.id.step in self.checkpoints.steps():
+                return
+        self.enter(Stage.IDLE, "commit", held.id.step)
+        self.save(*held.checkpoint(), held.id.membership)
+
+    def save(self, state: TrainState, position: RunPosition, membership: int) -> RunPosition:
+        """Let a state be written that will not change; returns where the checkpoint stands."""
+        position = self.settings.position_to_commit(position, state.step)
+        self.handed_over = state.step
+        self.checkpoints.save(state, position, partial(self.settle, membership), partial(self.check_epoch, membership))
+        return position
 
     def flush(self) -> None:
         self.checkpoints.wait()
@@ -186,7 +209,7 @@ class TrainingWorkload:
 
     def enter(self, stage: Stage, activity: str, step: int = 0) -> None:
         """Note what this host does from now on."""
-        self._doing = (stage, activity, step, time.monotonic())
+        self._doing = (stage, activity, step)
         self._moves += 1
 
     def say(self, message: str) -> None:

@@ -1,6 +1,10 @@
 """What tells machines and processes apart: host names and process ids are used twice."""
 
 import os
+import sys
+import threading
+
+ASIDE = 10  # its niceness: a ninth of a core beside one that computes, and all that is left idle
 
 
 def boot_id() -> str | None:
@@ -31,3 +35,9 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def step_aside() -> None:
+    """Let other threads have the cores first: for this one, and those that it starts, as long as they live."""
+    if sys.platform == "linux":  # elsewhere a whole process has one priority
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ASIDE)

@@ -41,7 +41,7 @@ class SimulatedHost:
         start_error: what its preparation fails with.
         stage: its own in a membership.
         waiting: whether it waits for other members there.
-        seconds: in its stage.
+        step_s: seconds of its last step.
         moves: whether its progress grows.
         notices: whether it ends a membership that has lost a member by itself.
         heeds: whether it ends one when it is told to abort.
@@ -60,7 +60,7 @@ class SimulatedHost:
     ready: bool = False
     stage: Stage = Stage.STEPPING
     waiting: bool = False
-    seconds: float = 0.0
+    step_s: float = 1.0
     moves: bool = True
     step: int = 0
     held: StateId | None = None
@@ -79,7 +79,7 @@ class SimulatedHost:
         number = self.membership.number if self.membership else 0
         stage = self.stage if self.membership else Stage.IDLE
         progress = int(10 * now) if self.moves else 0
-        return Beat(stage, stage.value, self.seconds, self.waiting, number, self.step, 0.0, progress, self.held)
+        return Beat(stage, stage.value, self.waiting, number, self.step, self.step_s, progress, self.held)
 
 
 class Simulation:
@@ -98,6 +98,7 @@ class Simulation:
         self.memberships: dict[int, Membership] = {}
         self.events: list[Event] = []
         self.done: list[tuple[float, Command]] = []  # all commands and when they came
+        self.commits: list[str] = []  # hosts that were told to commit what they hold
         self.reason: str | None = None  # why the run was stopped
         self.finished = False
         self.start_errors: dict[str, HostFailed] = {}  # by node
@@ -254,6 +255,8 @@ class Simulation:
                 host.aborted.append(number)
                 if host.heeds:
                     self.later(LATENCY, lambda: self._ends_broken(host, number))
+            case commands.Commit(name):
+                self.commits.append(name)
             case commands.Flush(name):
                 self._answer(self.hosts[name], Flushed(name))
             case commands.LookAtNodes(asked):

@@ -66,10 +66,6 @@ def test_every_recipe_survives_being_written_and_read():
         ({"scaling": {"num_cpus_per_worker": -1}}, "scaling.num_cpus_per_worker must be finite and not negative"),
         ({"training": {"save_seconds": 0}}, "training.save_seconds must be above 0, or null for no bound, not 0"),
         ({"training": {"spike_factor": 1.0}}, "training.spike_factor must be above 1, not 1: it bounds the loss"),
-        (
-            {"training": {"on_spike": "skip"}, "engine": {"states": "partitioned"}},
-            "training.on_spike = skip needs the whole state on every worker",
-        ),
         ({"scaling": {"resources_per_worker": {"GPU": 0.5}}}, "asks for 0.5 GPU, but a worker takes one whole GPU"),
         ({"scaling": {"max_failures": -2}}, r"scaling.max_failures must be at least -1 \(no limit\), not -2"),
     ],
@@ -88,6 +84,10 @@ def test_unknown_keys_and_wrong_types_are_named(values, sentence):
         ({"model": {"preset": "Doge-21M"}}, "Doge-20M"),
         ({"engine": {"zero_stage": 0, "precision": "bf16"}}, "zero-stage 1"),
         ({"lr_scheduler": {"warmup_steps": 9000}}, "nor together exceed"),
+        (
+            {"training": {"on_spike": "skip"}, "engine": {"states": "partitioned"}},
+            "training.on_spike = skip needs the whole state on every worker",
+        ),
         ({"name": "a/b"}, "plain name"),
         ({"name": ".."}, "plain name"),
     ],

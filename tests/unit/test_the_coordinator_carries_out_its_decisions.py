@@ -9,16 +9,12 @@ import ray
 
 from cluster.elastic import coordinator as coordinators
 from cluster.elastic.coordinator import Coordinator, host_failure
-from cluster.elastic.decisions.observations import HostFailed
 from cluster.elastic.events import Message
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
 from doge.common.errors import UserError
 from doge.common.storage import StorageError
-
-FULL_DISK = HostFailed("", "OSError", "No space left on device")
-HANG = ScalingRecipe().hang_timeout_s
 
 
 class Method:
@@ -60,9 +56,9 @@ class Host(Actor):
     """One that finishes its first membership, or dies in it where ``dies``."""
 
     def __init__(self, name: str, dies: bool):
-        self.name, self.dies, self.killed, self.given = name, dies, False, []
+        self.name, self.dies, self.killed, self.given, self.commits = name, dies, False, [], 0
 
-    async def prepare(self, job: Any) -> HostInfo:
+    async def prepare(self, job: Any, aside: bool) -> HostInfo:
         await asyncio.sleep(0.01)
         return HostInfo(1, self.name[0], "127.0.0.1")
 
@@ -75,7 +71,13 @@ class Host(Actor):
     async def address(self) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    async def leave(self) -> None:
+    async def leave(self, number: int) -> None:
+        pass
+
+    async def commit(self) -> None:
+        self.commits += 1
+
+    async def flush(self) -> None:
         pass
 
     async def run(self, membership: Membership, rank: int, state: Any) -> Outcome:

@@ -2,9 +2,9 @@
 
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import pytest
+from known_hosts import answers, host, known, of, passing, running, says
 
 from cluster.elastic.decisions.commands import (
     Abort,
@@ -12,6 +12,7 @@ from cluster.elastic.decisions.commands import (
     AskForBeat,
     AskForOffer,
     AskToLeave,
+    Commit,
     Finish,
     Flush,
     KillHost,
@@ -27,12 +28,10 @@ from cluster.elastic.decisions.known import (
     ANSWER_SECONDS,
     WATCH_SECONDS,
     Gathering,
-    HostRecord,
     Known,
     Over,
     Pausing,
     Questioning,
-    Running,
 )
 from cluster.elastic.decisions.observations import (
     AddressGiven,
@@ -43,87 +42,18 @@ from cluster.elastic.decisions.observations import (
     MemberEnded,
     NodesSeen,
     Offered,
+    RunInterrupted,
     RunStopped,
     SeatTaken,
     Tick,
 )
 from cluster.elastic.decisions.staffing import hopeless, wanted
 from cluster.elastic.decisions.watching import (
-    BUILD_SECONDS,
     FLUSH_SECONDS,
-    KILL_SECONDS,
-    SILENT_SECONDS,
-    STALL_SECONDS,
-    grace,
 )
-from cluster.elastic.events import HostLeft, Message
-from cluster.elastic.membership import HostInfo, Member, Membership, Outcome, Seat, StateId
+from cluster.elastic.events import HostLeft
+from cluster.elastic.membership import HostInfo, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
-from cluster.machines.scaling import ScalingRecipe
-
-FULL_DISK = HostFailed("", "OSError", "No space left on device")
-HANG = ScalingRecipe().hang_timeout_s
-
-
-def host(name: str, now: float = 100.0, **changes: Any) -> HostRecord:
-    """A host that is ready; its node is the first letter of its name."""
-    record = HostRecord(name, name[0], spare=False, started=now - 50, answered=now)
-    record.info = HostInfo(hash(name) % 1000, name[0], "127.0.0.1")
-    for key, value in changes.items():
-        setattr(record, key, value)
-    return record
-
-
-def known(*hosts: HostRecord, seats: str = "ab", **scaling: Any) -> Known:
-    """What is known of these hosts, with a seat on each of the nodes."""
-    state = Known(ScalingRecipe(**{"num_workers": (1, 2), "warm_spares": 0} | scaling), now=100.0, ticked=99.5)
-    state.seats = tuple(Seat("group", rank, len(seats), node) for rank, node in enumerate(seats))
-    state.hosts = {each.name: each for each in hosts}
-    state.looks = 1  # one is under way
-    return state
-
-
-def running(*members: HostRecord, others: tuple[HostRecord, ...] = (), seats: str = "ab", **scaling: Any) -> Known:
-    """What is known while a membership of these hosts steps."""
-    state = known(*members, *others, seats=seats, **scaling)
-    ranks = tuple(Member(member.name, member.node, member.node) for member in members)
-    membership = Membership(1, ranks, ("127.0.0.1", 1))
-    state.number, state.holder = 1, members[0]
-    state.phase = Running(membership, list(members), 0, pending=list(members), at_work=True)
-    for member in members:
-        member.used = member.busy = True
-        member.beat = Beat(Stage.STEPPING, membership=1)
-    return state
-
-
-def says(commands: list, text: str) -> bool:
-    return any(isinstance(c, Post) and isinstance(c.event, Message) and text in c.event.text for c in commands)
-
-
-def of(kind: type, commands: list) -> list:
-    return [command for command in commands if isinstance(command, kind)]
-
-
-@pytest.mark.parametrize(
-    ("beat", "gpus", "seconds"),
-    [
-        (Beat(Stage.STEPPING, waiting=True), (), KILL_SECONDS),
-        (Beat(Stage.BUILDING, waiting=True), (), KILL_SECONDS),
-        (Beat(Stage.STEPPING, waiting=True, step_seconds=99.0), (), KILL_SECONDS),
-        (Beat(Stage.BUILDING), (), BUILD_SECONDS),
-        (Beat(Stage.STEPPING), (), HANG),
-        (Beat(Stage.STEPPING, step_seconds=100.0), (), 300.0),
-        (Beat(Stage.STEPPING), ("0",), KILL_SECONDS),
-        (Beat(Stage.STEPPING, step_seconds=10.0), ("0",), 30.0),
-        (Beat(Stage.BETWEEN), ("0",), HANG),
-        (Beat(Stage.JOINING), (), HANG),
-        (Beat(Stage.JOINING, waiting=True), (), BUILD_SECONDS),
-        (Beat(Stage.CLOSING), (), HANG),
-    ],
-)
-def test_how_long_a_member_may_take_to_end_a_membership_that_lost_another(beat, gpus, seconds):
-    member = host("a1", beat=beat, gpus=gpus)
-    assert grace(known(member), member) == seconds
 
 
 @pytest.mark.parametrize(
@@ -172,162 +102,6 @@ def test_a_run_is_hopeless_where_the_nodes_that_are_there_cannot_hold_its_fewest
     state = known(*(host(f"{node}1") for node in hosts), num_workers=num_workers)
     state.left_out = dict.fromkeys(left_out, "disk")
     assert hopeless(state) == reason
-
-
-def passing(state: Known, until: float, beats: dict[str, Beat]) -> list:
-    """Let time pass until ``until``, a tick every half second and a beat of these hosts with each; all commands."""
-    commands, now = [], state.now
-    while now < until:
-        now += WATCH_SECONDS
-        for name, beat in beats.items():
-            commands += decide(state, BeatHeard(name, beat), now)
-        commands += decide(state, Tick(), now)
-    return commands
-
-
-@pytest.mark.parametrize(
-    ("beat", "longest", "still", "stuck"),
-    [
-        (Beat(Stage.STEPPING), 0.0, 10 * HANG - 1, False),
-        (Beat(Stage.STEPPING), 0.0, 10 * HANG + 1, True),  # its first pass: nobody knows how long one takes
-        (Beat(Stage.STEPPING), 1.0, HANG - 1, False),
-        (Beat(Stage.STEPPING), 1.0, HANG + 1, True),
-        (Beat(Stage.STEPPING), 10.0, HANG + 1, False),  # within the time of twenty passes
-        (Beat(Stage.STEPPING), 10.0, 201.0, True),
-        (Beat(Stage.STEPPING, waiting=True), 1.0, 1e6, False),  # another one is
-        (Beat(Stage.JOINING, waiting=True), 1.0, 1e6, False),
-        (Beat(Stage.IDLE), 1.0, 1e6, False),
-        (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG - 1, False),
-        (Beat(Stage.BETWEEN, "data"), 0.0, 10 * HANG + 1, True),
-        (Beat(Stage.BETWEEN, "evaluation"), 1.0, 10 * HANG + 1, True),
-        (Beat(Stage.BETWEEN, "commit"), 1.0, 10 * HANG - 1, False),  # its storage is slow
-        (Beat(Stage.BETWEEN, "commit"), 1.0, 10 * HANG + 1, True),
-        (Beat(Stage.BUILDING, "engine"), 0.0, 10 * HANG + 1, True),
-        (Beat(Stage.CLOSING, "closing"), 1.0, 10 * HANG + 1, True),
-    ],
-)
-def test_a_host_that_does_not_move_is_lost_unless_it_waits(beat, longest, still, stuck):
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0 - still, longest=longest))
-    state.hosts["b1"].beat = beat
-    commands = decide(state, Tick(), 100.0)
-    assert bool(of(KillHost, commands)) == stuck
-    doing = "a step" if beat.stage is Stage.STEPPING else beat.activity
-    assert state.hosts["b1"].reason == (f"no progress in {doing} for {still:.0f} seconds" if stuck else "")
-
-
-def test_a_step_of_an_hour_is_no_hang_while_its_micro_batches_are_made():
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
-    for pass_ in range(180):  # of 20 seconds
-        beats = {name: Beat(Stage.STEPPING, membership=1, progress=pass_) for name in ("a1", "b1")}
-        assert not of(KillHost, passing(state, 120.0 + 20 * pass_, beats))
-    commands = passing(state, state.now + 21 * 20, {"a1": beats["a1"]} | {"b1": replace(beats["b1"], progress=999)})
-    assert [command.host for command in of(KillHost, commands)] == ["a1"]
-
-
-@pytest.mark.parametrize(("seconds", "lost"), [(10 * HANG - 1, False), (10 * HANG + 1, True)])
-def test_a_start_that_hangs_is_a_failed_start(seconds, lost):
-    state = known(host("a1"), host("b1", info=None, started=100.0 - seconds))
-    commands = decide(state, Tick(), 100.0)
-    assert [command.host for command in of(KillHost, commands)] == (["b1"] if lost else [])
-    if lost:
-        assert [failed.reason for failed in state.failed_starts] == ["not ready after 601 seconds"]
-
-
-def test_an_offer_that_never_comes_is_waited_for_no_longer():
-    state = known(host("a1"), host("b1"))
-    decide(state, Tick(), 100.1)
-    assert of(AskForOffer, answers(state, StateId(3, 1), None))
-    beats = {name: Beat(Stage.IDLE) for name in ("a1", "b1")}
-    assert not of(KillHost, passing(state, 100.0 + 10 * HANG, beats))
-    assert [command.host for command in of(KillHost, passing(state, 102.0 + 10 * HANG, beats))] == ["a1"]
-
-
-@pytest.mark.parametrize(
-    ("beats", "stalled"),
-    [
-        ({"a1": True, "b1": True}, False),  # all answer; below it is told how long they may wait
-        ({"a1": True}, True),  # b1 says nothing: its plug was pulled
-        ({"a1": False}, False),  # a1 computes: nobody is waited for yet
-    ],
-)
-def test_a_membership_that_waits_for_a_silent_one_is_ended_and_its_survivor_kept(beats, stalled):
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0), hang_timeout_s=60)
-    heard = {name: Beat(Stage.STEPPING, membership=1, waiting=waiting) for name, waiting in beats.items()}
-    commands = passing(state, 100.0 + SILENT_SECONDS + ABORT_SECONDS + 2, heard)
-    assert not of(KillHost, commands)
-    assert {command.host for command in of(Abort, commands)} == ({"a1", "b1"} if stalled else set())
-    if stalled:
-        commands = decide(state, MemberEnded("a1", Outcome("broken", 5, "A worker is gone")), state.now + 0.1)
-        commands += passing(state, state.now + 1, {"a1": Beat(Stage.IDLE, held=StateId(5, 1))})
-        assert state.hosts["b1"].given_up is not None
-        assert of(AskForOffer, commands) or isinstance(state.phase, Gathering | Questioning)
-
-
-def test_members_that_all_wait_for_each_other_without_an_end_are_told_to_stop():
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
-    beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True) for name in ("a1", "b1")}
-    assert not of(Abort, passing(state, 100.0 + STALL_SECONDS, beats))
-    assert len(of(Abort, passing(state, 100.0 + STALL_SECONDS + ABORT_SECONDS + 2, beats))) == 2
-
-
-def test_gathering_a_large_state_is_no_stall():
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
-    beats = {name: Beat(Stage.BETWEEN, "commit", membership=1, waiting=True) for name in ("a1", "b1")}
-    assert not of(Abort, passing(state, 100.0 + 5 * STALL_SECONDS, beats))
-
-
-def test_a_slow_exchange_is_no_stall():
-    state = running(host("a1", moved=100.0), host("b1", moved=100.0))
-    for piece in range(20):
-        beats = {name: Beat(Stage.STEPPING, membership=1, waiting=True, progress=piece) for name in ("a1", "b1")}
-        assert not of(Abort, passing(state, 110.0 + 10 * piece, beats))
-
-
-def test_a_survivor_that_waited_for_a_lost_one_is_not_taken_for_stuck():
-    state = running(host("a1"), host("b1"))
-    decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.1)
-    assert not of(KillHost, decide(state, BeatHeard("a1", Beat(Stage.STEPPING, seconds=1000.0)), 100.2))
-
-
-@pytest.mark.parametrize(("silent_s", "lost"), [(HANG - 1, False), (HANG + 2, True)])
-def test_a_silent_host_is_lost(silent_s, lost):
-    state = running(host("a1"), host("b1", asked=True))
-    commands = passing(state, 100.0 + silent_s, {"a1": Beat(Stage.STEPPING, membership=1, waiting=False)})
-    assert [command.host for command in of(KillHost, commands)] == (["b1"] if lost else [])
-
-
-def test_the_pause_of_a_coordinator_that_was_itself_stopped_is_nobodys_silence():
-    """Its machine was suspended for an hour; answers wait to be heard, and nobody has moved since."""
-    state = running(
-        host("a1", moved=100.0, longest=1.0), host("b1", asked=True), others=(host("c1", info=None, started=99.0),)
-    )
-    commands = [*decide(state, Tick(), 3700.0), *decide(state, Tick(), 3700.5)]
-    assert not of(KillHost, commands)
-    assert not of(Abort, commands)
-    assert all(state.answers(each) for each in state.hosts.values())
-
-
-def test_a_question_that_a_host_leaves_open_stays_the_only_one():
-    state = running(host("a1"), host("b1"))
-    assert of(AskForBeat, decide(state, Tick(), 100.5)) == [AskForBeat("a1"), AskForBeat("b1")]
-    decide(state, BeatHeard("a1", Beat(Stage.STEPPING)), 100.6)
-    assert of(AskForBeat, decide(state, Tick(), 101.0)) == [AskForBeat("a1")]
-
-
-def test_an_answer_that_comes_late_is_still_news():
-    state = running(host("a1"), host("b1"))
-    for tick in range(4):
-        decide(state, Tick(), 100.5 + tick / 2)
-    decide(state, BeatHeard("a1", Beat(Stage.STEPPING, seconds=7.0)), 102.2)
-    assert state.hosts["a1"].beat.seconds == 7.0
-    assert state.hosts["a1"].answered == 102.2
-
-
-def answers(state: Known, *held: StateId | None) -> list:
-    """All hosts that were asked say, in order, what they hold; returns the commands after the last answer."""
-    for name, each in zip(list(state.hosts), held, strict=True):
-        commands = decide(state, BeatHeard(name, Beat(Stage.IDLE, held=each)), 100.2)
-    return commands
 
 
 def test_hosts_are_asked_before_they_are_counted_on_and_one_without_a_seat_may_offer_the_state():
@@ -431,7 +205,7 @@ def test_a_host_that_dies_while_it_offers_forms_nothing():
         ({"a1": Outcome("finished", 9), "b1": Outcome("finished", 9)}, True, 3, ""),
         ({"a1": Outcome("finished", 9), "b1": None}, True, 3, ""),
         ({"a1": None, "b1": Outcome("finished", 9)}, False, 0, "Step 10 was interrupted: a worker was lost (its proce"),
-        ({"a1": Outcome("stopped", 9), "b1": Outcome("broken", 9, "closed")}, True, 3, ""),
+        ({"a1": Outcome("stopped", 9), "b1": Outcome("broken", 9, "closed")}, False, 3, ""),
         ({"a1": Outcome("left", 9), "b1": Outcome("left", 9)}, False, 3, ""),
         ({"a1": Outcome("broken", 5, "closed"), "b1": None}, False, 4, "Step 6 was interrupted: a worker was lost ("),
         ({"a1": Outcome("broken", 6, "closed"), "b1": None}, False, 0, "Step 7 was interrupted: a worker was lost ("),
@@ -475,8 +249,16 @@ def test_too_many_failures_in_a_row_end_the_run():
         "checkpoint."
     )
     assert of(StopRun, commands) == [StopRun(reason)]
-    assert commands[-1] == Finish()
+    assert of(Commit, commands) == [Commit("a1")]
+    assert winds_up(state)
     assert decide(state, Tick(), 101.0) == []
+
+
+def winds_up(state: Known) -> bool:
+    """Whether the run is over as soon as all hosts have written what they have, and not before."""
+    *first, last = list(state.hosts)
+    early = [command for name in first for command in decide(state, Flushed(name), 100.3)]
+    return not of(Finish, early) and of(Finish, decide(state, Flushed(last), 100.4)) == [Finish()]
 
 
 def test_members_of_a_broken_membership_are_told_after_a_second_and_once():
@@ -493,14 +275,14 @@ def test_members_leave_once_where_enough_others_should_train():
         assert not of(AskToLeave, decide(state, SeatTaken(Seat("new", rank, 2, node)), 100.1))
     for rank, node in enumerate("ac"):
         commands = decide(state, SeatTaken(Seat("newer", rank, 2, node)), 100.2)
-    assert of(AskToLeave, commands) == [AskToLeave("a1"), AskToLeave("b1")]
+    assert of(AskToLeave, commands) == [AskToLeave("a1", 1), AskToLeave("b1", 1)]
     assert not of(AskToLeave, decide(state, Tick(), 100.5))
 
 
 def test_hosts_of_a_node_that_will_go_leave_and_none_starts_there():
     state = running(host("a1"), host("b1"), warm_spares=1)
     commands = decide(state, NodesSeen(100.0, draining=frozenset("bz")), 100.1)
-    assert of(AskToLeave, commands) == [AskToLeave("a1"), AskToLeave("b1")]
+    assert of(AskToLeave, commands) == [AskToLeave("a1", 1), AskToLeave("b1", 1)]
     assert says(commands, "1 node will go soon; the workers there leave first.")
     assert {start.node for start in of(StartHost, commands)} == {"a"}  # the spare
 
@@ -555,14 +337,74 @@ def test_what_every_host_would_fail_with_ends_the_run_and_what_may_pass_does_not
 def test_a_run_that_somebody_else_stops_is_over_at_once_where_nobody_trains(phase):
     state = known(host("a1"))
     state.phase = phase
-    assert decide(state, RunStopped(), 100.1) == [Finish()]
+    assert decide(state, RunStopped(), 100.1) == [KillHost("a1", "a", None), Finish()]
 
 
 def test_a_run_that_somebody_else_stops_lets_its_members_end_it():
     state = running(host("a1"), host("b1"))
     assert decide(state, RunStopped(), 100.1) == []
     decide(state, MemberEnded("a1", Outcome("stopped", 3)), 100.2)
-    assert decide(state, MemberEnded("b1", Outcome("stopped", 3)), 100.2) == [Finish()]
+    commands = decide(state, MemberEnded("b1", Outcome("stopped", 3)), 100.2)
+    assert commands == [Commit("a1"), Flush("a1"), Flush("b1")]
+    assert winds_up(state)
+
+
+def test_the_newest_state_is_committed_wherever_a_run_ends_and_nobody_trains():
+    held = {"a1": StateId(4, 1), "b1": StateId(5, 1)}
+    hosts = [host(name, used=True, beat=Beat(Stage.IDLE, held=each)) for name, each in held.items()]
+    state = known(*hosts, seats="abc")
+    state.phase = Pausing(1e9)
+    commands = decide(state, RunInterrupted(), 100.1)
+    assert commands == [Flush("a1"), Commit("b1"), Flush("b1")]
+    assert winds_up(state)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "beat", "hurried"),
+    [
+        (1.0, {}, False),  # the next step is soon made
+        (79.0, {}, True),
+        (0.0, {}, True),  # of a first step nobody knows how long it takes
+        (79.0, {"held": None}, False),  # the state is partitioned, or an update is half made
+        (79.0, {"held": StateId(2, 1)}, False),
+        (79.0, {"stage": Stage.BETWEEN}, False),  # a checkpoint is being handed over, or an evaluation runs
+    ],
+)
+@pytest.mark.parametrize("why", ["drain", "interruption"])
+def test_who_has_to_go_waits_for_no_long_step(step_s, beat, hurried, why):
+    state = running(host("a1"), host("b1"), num_workers=(2, 2))  # fewer than the fewest would remain
+    for member in state.members:
+        usual = Beat(Stage.STEPPING, membership=1, step=3, step_seconds=step_s, held=StateId(3, 1))
+        member.beat = replace(usual, **beat)
+    notice = NodesSeen(100.0, draining=frozenset("b")) if why == "drain" else RunInterrupted()
+    commands = decide(state, notice, 100.1)
+    assert of(Abort, commands) == ([Abort("a1", 1), Abort("b1", 1)] if hurried else [])
+    assert of(AskToLeave, commands) == ([] if hurried else [AskToLeave("a1", 1), AskToLeave("b1", 1)])
+    again = decide(state, Tick(), 100.2)
+    assert not of(Abort, again) + of(AskToLeave, again)
+    if hurried:
+        decide(state, MemberEnded("a1", Outcome("broken", 3, "abandoned")), 100.3)
+        commands = decide(state, MemberEnded("b1", Outcome("broken", 3, "abandoned")), 100.4)
+        assert of(Commit, commands)[0] == Commit("a1")
+        assert says(commands, "Step 4 was given up: workers have to go before it would be made.")
+        assert state.failures == 0
+
+
+def test_members_that_wait_for_the_end_of_a_step_are_hurried_once_their_state_is_whole():
+    state = running(host("a1"), host("b1"))
+    for member in state.members:
+        member.beat = Beat(Stage.BETWEEN, membership=1, step=3, step_seconds=79.0, held=StateId(3, 1))
+    assert of(AskToLeave, decide(state, RunInterrupted(), 100.1))
+    for member in state.members:
+        commands = decide(state, BeatHeard(member.name, replace(member.beat, stage=Stage.STEPPING)), 100.2)
+    assert of(Abort, [*commands, *decide(state, Tick(), 100.3)]) == [Abort("a1", 1), Abort("b1", 1)]
+
+
+def test_a_notice_while_nobody_trains_commits_the_newest_state():
+    held = Beat(Stage.IDLE, held=StateId(5, 1))
+    state = known(host("a1", used=True, beat=held), num_workers=(2, 2))
+    assert of(Commit, decide(state, NodesSeen(100.0, draining=frozenset("a")), 100.1)) == [Commit("a1")]
+    assert not of(Commit, decide(state, NodesSeen(100.0, draining=frozenset("a")), 100.6))
 
 
 @pytest.mark.parametrize("error", ["OSError", "StorageError"])

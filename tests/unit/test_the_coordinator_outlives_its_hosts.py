@@ -11,10 +11,8 @@ from cluster.elastic.decisions.staffing import RETRY_SECONDS
 from cluster.elastic.decisions.watching import KILL_SECONDS
 from cluster.elastic.membership import Outcome
 from cluster.elastic.workload import Stage
-from cluster.machines.scaling import ScalingRecipe
 
 FULL_DISK = HostFailed("", "OSError", "No space left on device")
-HANG = ScalingRecipe().hang_timeout_s
 
 
 @pytest.fixture
@@ -163,8 +161,8 @@ def test_a_run_is_not_over_when_rank_0_dies_over_the_last_checkpoint(simulation)
 def test_an_answer_that_a_slow_host_gives_between_two_looks_counts(simulation):
     simulation.until(simulation.formed(1))
     slow = simulation.at("a", 1)
-    slow.delay, slow.seconds = 1.5 * WATCH_SECONDS, 7.0
-    simulation.until(lambda: simulation.record(slow).beat.seconds == 7.0, 2)
+    slow.delay, slow.step_s = 1.5 * WATCH_SECONDS, 7.0
+    simulation.until(lambda: simulation.record(slow).beat.step_seconds == 7.0, 2)
 
 
 def test_a_node_on_which_nothing_starts_is_left_out_and_the_others_train():

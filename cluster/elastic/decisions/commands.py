@@ -15,10 +15,15 @@ Process = tuple[int, int | None]  # its id, and when it started
 
 @dataclass(frozen=True)
 class StartHost:
-    """Start a host's process on a node and prepare its workload; `HostPrepared` answers."""
+    """Start a host's process on a node and prepare its workload; `HostPrepared` answers.
+
+    Args:
+        aside: whether others that compute there go first meanwhile.
+    """
 
     host: str
     node: str
+    aside: bool
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,10 @@ class RunMember:
 
 @dataclass(frozen=True)
 class AskToLeave:
-    """Let a host end its membership at the next step that all members can agree on."""
+    """Let a host end a membership at the next step that all members can agree on."""
 
     host: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,13 @@ class Abort:
 
     host: str
     number: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Let a host in no membership hand the state that it holds to be written, unless it is."""
+
+    host: str
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,7 @@ Command = (
     | RunMember
     | AskToLeave
     | Abort
+    | Commit
     | Flush
     | LookAtNodes
     | Post

@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Finish, Post, StopRun
+from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Commit, Finish, Post, StopRun
 from cluster.elastic.decisions.known import (
+    NOTHING,
     WATCH_SECONDS,
     Gathering,
     HostRecord,
@@ -18,6 +19,7 @@ from cluster.elastic.decisions.staffing import end_surplus, mark_lost, start_mis
 from cluster.elastic.decisions.watching import grace, stalled
 from cluster.elastic.events import Message
 from cluster.elastic.membership import Outcome, node_name
+from cluster.elastic.workload import Stage
 from doge.common.words import duration
 
 RECYCLES = 2  # memberships in a row that a place may break before it is left out
@@ -25,6 +27,7 @@ BARRED_SECONDS, LONGEST_BARRED_SECONDS = 600.0, 7200.0  # that it is left out fo
 PAUSE_SECONDS = 30.0  # the longest one between attempts
 ARRIVE_SECONDS = 90.0  # that a host which is ready waits for others that start
 WORTH = 5  # times what it took to form, that a membership lasts at least before it is ended for more hosts
+HURRY_SECONDS = 5.0  # a step that takes longer is given up where somebody has to go: a notice may be of 30 s
 ABORT_SECONDS = 1.0  # from a loss until the members that have not noticed it are told
 
 
@@ -60,10 +63,7 @@ def oversee(known: Known, phase: Running) -> Commands:
 def _keep_fitting(known: Known, phase: Running) -> Commands:
     """Start and end hosts beside a whole membership, and end it where other hosts should train."""
     if known.interrupted:
-        if not phase.asked_to_leave:
-            phase.asked_to_leave = True
-            for host in phase.pending:
-                yield AskToLeave(host.name)
+        yield from _let_go(known, phase)
         return
     if not phase.at_work and all(took_up(known, host) for host in phase.members):
         phase.at_work = True
@@ -72,16 +72,41 @@ def _keep_fitting(known: Known, phase: Running) -> Commands:
     better = wanted(known)
     if phase.at_work and phase.cost is None:
         phase.cost = known.now - phase.formed_at
-    if not phase.asked_to_leave and len(better) >= known.enough and _is_worth_it(known, phase, better):
-        phase.asked_to_leave = True
+    if any(host.node in known.leaving for host in phase.members):
+        yield from _let_go(known, phase)
+    elif not phase.asked_to_leave and len(better) >= known.enough and _is_worth_it(known, phase, better):
+        yield from _ask_to_leave(known, phase)
+
+
+def _let_go(known: Known, phase: Running) -> Commands:
+    """End a membership of which somebody has to go, whoever is left.
+
+    At the next step that all agree on, which may be the one after this; within the step where that would take long and
+    everybody's state is whole.
+    """
+    seconds = max(host.beat.step_seconds for host in phase.pending) or float("inf")  # of a first step nothing is known
+    whole = all(
+        host.beat.stage is Stage.STEPPING and (host.beat.held or NOTHING).step >= host.beat.step
+        for host in phase.pending
+    )
+    if seconds > HURRY_SECONDS and whole:
+        phase.hurried, phase.aborted, phase.ended_at = True, True, known.now
         for host in phase.pending:
-            yield AskToLeave(host.name)
+            yield Abort(host.name, known.number)
+    elif not phase.asked_to_leave:
+        yield from _ask_to_leave(known, phase)
+
+
+def _ask_to_leave(known: Known, phase: Running) -> Commands:
+    phase.asked_to_leave = True
+    for host in phase.pending:
+        yield AskToLeave(host.name, known.number)
 
 
 def _is_worth_it(known: Known, phase: Running, better: list[HostRecord]) -> bool:
     """Whether to end a membership for one of other hosts.
 
-    Hosts that have to go are let go at once. Those that arrive wait for others that are about to be ready, and until
+    Those that arrive wait for others that are about to be ready, and until
     the membership has lasted several times as long as it took to form.
     """
     if set(better) == set(phase.members):
@@ -123,9 +148,10 @@ def _judge(known: Known, phase: Running) -> Commands:
     outcomes = list(phase.outcomes.values())
     kinds = Counter(outcome.kind for outcome in outcomes)
     rank_0 = phase.outcomes.get(phase.members[0])  # writes the last checkpoint, and has finished when that is there
-    if (rank_0 is not None and rank_0.kind == "finished") or kinds["stopped"]:
+    if rank_0 is not None and rank_0.kind == "finished":
         yield from over(known)
         return
+    known.stopped = known.stopped or kinds["stopped"] > 0
     # A member that cannot tell its outcome has told its step before.
     beats = [host.beat.step for host in phase.members if host.beat.membership == known.number]
     reached = max([phase.first, *(outcome.step for outcome in outcomes), *beats])
@@ -138,6 +164,13 @@ def _judge(known: Known, phase: Running) -> Commands:
         del known.hosts[host.name]
     known.phase = Gathering()
     if outcomes and kinds["left"] == len(outcomes):
+        return
+    if phase.hurried:
+        yield Post(Message(f"Step {reached + 1:,} was given up: workers have to go before it would be made."))
+        if holder := known.newest():
+            yield Commit(holder.name)
+        return
+    if known.stopped:
         return
     reasons = [outcome.reason for outcome in outcomes if outcome.kind == "full"]
     reasons += [outcome.reason.rstrip(".") for outcome in failed.values()]
@@ -200,7 +233,7 @@ def note_failure(known: Known, reason: str) -> Commands:
             f"The workers failed {known.failures} times without making a new step ({reason.rstrip('.')}): "
             "run the same command to resume from the last checkpoint."
         )
-        yield from over(known)
+        known.stopped = True
 
 
 def pause_seconds(known: Known) -> float:

@@ -4,6 +4,7 @@ from cluster.elastic.decisions.commands import (
     AskForAddress,
     AskForOffer,
     Commands,
+    Commit,
     Flush,
     Post,
     RunMember,
@@ -24,24 +25,20 @@ from cluster.elastic.decisions.observations import AddressGiven, Offered
 from cluster.elastic.decisions.staffing import bind_gpus, hopeless, mark_lost, start_missing, wanted
 from cluster.elastic.decisions.watching import ask_for_beat
 from cluster.elastic.events import HostJoined, MembershipFormed, Message
-from cluster.elastic.membership import Member, Membership, StateId, node_name
+from cluster.elastic.membership import Member, Membership, node_name
 
 HICCUP_SECONDS = 15.0  # that more hosts may be silent than answer before the latter go on
-NOTHING = StateId(-1)
 
 
 def gather(known: Known) -> Commands:
     """Wait for enough ready hosts: at the start for all of the first seats', later for the smallest number allowed."""
-    if known.stopped:
-        yield from over(known)
-        return
-    if known.interrupted:
+    if known.stopped or known.interrupted:
         yield from _wind_up(known)
         return
     yield from start_missing(known, spares=False)
     if reason := hopeless(known):
         yield StopRun(f"No process for the workers could be started: {reason}.")
-        yield from over(known)
+        known.stopped = True
         return
     if sum(known.places().values()) < known.enough:
         known.troubles.clear()  # who is left must do
@@ -62,12 +59,15 @@ def _is_hiccup(known: Known, hosts: list[HostRecord]) -> bool:
 
 
 def _wind_up(known: Known) -> Commands:
-    """End the hosts, once all that they handed to be written is written, and then the run."""
+    """End the hosts, once the newest state of theirs is written, and then the run."""
+    holder = known.newest()
     for host in known.alive():
         if not host.used:
             yield from mark_lost(known, host, "")
         elif host.ending is None:
             host.ending = known.now
+            if host is holder:
+                yield Commit(host.name)
             yield Flush(host.name)
     if not known.alive():
         yield from over(known)
@@ -82,7 +82,7 @@ def question(known: Known, phase: Questioning) -> Commands:
     if known.stopped or len(hosts) < known.enough:
         known.phase = Gathering()
         return
-    source = _newest(known, hosts)
+    source = known.newest(hosts) or hosts[0]
     if source in hosts:
         hosts = [source, *(host for host in hosts if host is not source)]
     source.busy = True
@@ -90,12 +90,6 @@ def question(known: Known, phase: Questioning) -> Commands:
     others = [host for host in hosts if host is not source]
     alike = all(host.beat.held == source.beat.held is not None for host in others)
     yield AskForOffer(source.name, copy="never" if not others else "if new" if alike else "always")
-
-
-def _newest(known: Known, hosts: list[HostRecord]) -> HostRecord:
-    """The host to take the state from, also one that is about to go: the one with the newest, the last rank 0 first."""
-    idle = [host for host in known.hosts.values() if host.ready and not host.busy and known.answers(host)]
-    return max(idle or hosts, key=lambda host: (host.beat.held or NOTHING, host is known.holder, host in hosts))
 
 
 def offered(known: Known, host: HostRecord, offer: Offered) -> Commands:

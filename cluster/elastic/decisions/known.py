@@ -1,16 +1,18 @@
 """All that the coordinator knows, as plain data, and what follows from it without a decision."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.elastic.decisions.observations import Offered
-from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat
+from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat
 from cluster.machines.scaling import ScalingRecipe
 
 WATCH_SECONDS = 0.5  # between two looks at nodes and hosts
 ANSWER_SECONDS = 3.0  # a host that does not answer for so long is left out of a new membership
+
+NOTHING = StateId(-1)
 
 Place = tuple[str, tuple[str, ...]]  # a node and the GPUs of a seat there
 
@@ -160,6 +162,7 @@ class Running:
         asked_to_leave: whether the members were asked to end it.
         ended_at: when a member was lost or failed; None while it is whole.
         stalled: whether it was ended since nothing moved in it.
+        hurried: whether it was ended within a step, since somebody has to go before that would end.
         aborted: whether those that had not noticed were told.
     """
 
@@ -174,6 +177,7 @@ class Running:
     asked_to_leave: bool = False
     ended_at: float | None = None
     stalled: bool = False
+    hurried: bool = False
     aborted: bool = False
 
 
@@ -217,8 +221,8 @@ class Known:
         failures: memberships in a row that failed without a new step.
         holder: the last rank 0; of equally new states, its own.
         lost_at: when the last membership broke; None once another was formed.
-        stopped: whether the run must end.
-        interrupted: whether it must end once everything is committed.
+        stopped: whether the run must end, once what its hosts hold is committed.
+        interrupted: whether its members must leave at once, for the same.
     """
 
     scaling: ScalingRecipe
@@ -275,6 +279,17 @@ class Known:
     def answers(self, host: HostRecord) -> bool:
         """Whether the host can be counted on right now."""
         return self.now - host.answered < ANSWER_SECONDS
+
+    def newest(self, preferred: Sequence[HostRecord] = ()) -> HostRecord | None:
+        """The host with the newest state, also one that is about to go, the last rank 0 first; None where none is idle.
+
+        Args:
+            preferred: of hosts with equal ones.
+        """
+        idle = [host for host in self.hosts.values() if host.ready and not host.busy and self.answers(host)]
+        return max(
+            idle, key=lambda host: (host.beat.held or NOTHING, host is self.holder, host in preferred), default=None
+        )
 
     def places(self) -> Counter[Place]:
         """How many seats there are at every place that is not barred."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from cluster.elastic.decisions.commands import Commands, Flush, KillHost, LookAtNodes, Post, StartHost
+from cluster.elastic.decisions.commands import Commands, Commit, Flush, KillHost, LookAtNodes, Post, StartHost
 from cluster.elastic.decisions.known import WATCH_SECONDS, FailedStart, HostRecord, Known
 from cluster.elastic.decisions.observations import HostPrepared, NodesSeen
 from cluster.elastic.events import HostLeft, HostStarted, HostStarting, Message
@@ -56,7 +56,7 @@ def _start(known: Known, node: str, spare: bool) -> Commands:
         name, node, spare, started=known.now, answered=known.now, moved=known.now, replaces=replaces
     )
     yield Post(HostStarting(name, replaces, known.now))
-    yield StartHost(name, node)
+    yield StartHost(name, node, aside=spare)
 
 
 def host_prepared(known: Known, host: HostRecord, prepared: HostPrepared) -> Commands:
@@ -122,6 +122,8 @@ def nodes_seen(known: Known, seen: NodesSeen) -> Commands:
     known.looks -= 1
     if ours := ({host.node for host in known.hosts.values()} & seen.draining) - known.leaving:
         yield Post(Message(f"{count(len(ours), 'node')} will go soon; the workers there leave first."))
+        if not known.members and (holder := known.newest()):
+            yield Commit(holder.name)
     known.leaving, known.dead = seen.draining, seen.dead
     yield from _judge_failed_starts(known, seen.asked)
 
