@@ -40,4 +40,5 @@ def process_start(pid: int) -> int | None:
 def step_aside() -> None:
     """Let other threads have the cores first: for this one, and those that it starts, as long as they live."""
     if sys.platform == "linux":  # elsewhere a whole process has one priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ASIDE)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + ASIDE)
