@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 
-ASIDE = 10  # its niceness: a ninth of a core beside one that computes, and all that is left idle
+ASIDE = 10  # what it adds to its niceness, of which each point is a fifth more or less of a core
 
 
 def boot_id() -> str | None:
