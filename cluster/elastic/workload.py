@@ -43,6 +43,7 @@ class Beat:
         step: steps made.
         progress: grows with whatever is done: every micro-batch, every piece that is exchanged, every look for data.
         step_seconds: how long its last step took.
+        enter_seconds: how long it took to enter the membership, by its own clock.
         held: id of the newest state that it holds.
     """
 
@@ -54,6 +55,7 @@ class Beat:
     step_seconds: float = 0.0
     progress: int = 0
     held: StateId | None = None
+    enter_seconds: float = 0.0
 
 
 class HeldState(Protocol):

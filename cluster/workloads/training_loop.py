@@ -116,6 +116,7 @@ class TrainingLoop:
             raise CommunicationError("The state has to be partitioned.") from error
         self.telemetry = Telemetry(workload.reporter, self.settings, self.phase, engine, self.membership.number)
         self.seconds = {"process group": joined - began, "engine and state": time.monotonic() - joined}
+        workload.enter_seconds = sum(self.seconds.values())
 
     def _begin_at(self, position: RunPosition, step: int) -> None:
         """Take up the phase of the update after ``step``, or the one before where something is owed there."""

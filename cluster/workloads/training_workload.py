@@ -76,7 +76,7 @@ class TrainingWorkload:
         self.handed_over = -1  # step of the last state that this host gave to be written
         self.speed = 0.0  # units per second; 0 is unknown
         self.limit = MemoryLimit()
-        self.step_seconds = 0.0
+        self.step_seconds = self.enter_seconds = 0.0  # that the last ones took
         self.traced = False  # there is a trace of steps
         self._doing = (Stage.IDLE, "idle", 0)
         self._membership = 0
@@ -170,6 +170,7 @@ class TrainingWorkload:
             step_seconds=self.step_seconds,
             progress=self._moves + self.checkpoints.attempts + (loop.progress if loop is not None else 0),
             held=self._held_id(),
+            enter_seconds=self.enter_seconds,
         )
 
     def abort(self, number: int) -> None:

@@ -42,6 +42,7 @@ class SimulatedHost:
         stage: its own in a membership.
         waiting: whether it waits for other members there.
         step_s: seconds of its last step.
+        enter_s: seconds that it took to enter its membership.
         moves: whether its progress grows.
         notices: whether it ends a membership that has lost a member by itself.
         heeds: whether it ends one when it is told to abort.
@@ -61,6 +62,7 @@ class SimulatedHost:
     stage: Stage = Stage.STEPPING
     waiting: bool = False
     step_s: float = 1.0
+    enter_s: float = 0.3
     moves: bool = True
     step: int = 0
     held: StateId | None = None
@@ -79,7 +81,7 @@ class SimulatedHost:
         number = self.membership.number if self.membership else 0
         stage = self.stage if self.membership else Stage.IDLE
         progress = int(10 * now) if self.moves else 0
-        return Beat(stage, stage.value, self.waiting, number, self.step, self.step_s, progress, self.held)
+        return Beat(stage, stage.value, self.waiting, number, self.step, self.step_s, progress, self.held, self.enter_s)
 
 
 class Simulation:

@@ -41,15 +41,19 @@ def test_a_stream_of_arrivals_leaves_the_members_time_to_step():
     run = simulation("ab")
     phase = run.known.phase
     assert isinstance(phase, Running)
-    phase.cost, phase.formed_at = 4.0, run.now
+    phase.formed_at = run.now
+    for host in run.members():
+        host.enter_s = 4.0
+    run.run(1)
     run.sit("abc")
-    assert WORTH * 4.0 - 1 < run.until(run.formed(2)) < WORTH * 4.0 + 2
+    assert WORTH * 4.0 - 2 < run.until(run.formed(2)) < WORTH * 4.0 + 2
 
 
 def test_a_host_that_has_to_go_is_let_go_at_once():
     run = simulation("abc")
-    phase = run.known.phase
-    phase.cost, phase.formed_at = 100.0, run.now
+    for host in run.members():
+        host.enter_s = 100.0
+    run.run(1)
     run.draining.add("c")
     assert run.until(run.formed(2)) < 3
     assert run.nodes(2) == {"a", "b"}

@@ -26,7 +26,7 @@ RECYCLES = 2  # memberships in a row that a place may break before it is left ou
 BARRED_SECONDS, LONGEST_BARRED_SECONDS = 600.0, 7200.0  # that it is left out for
 PAUSE_SECONDS = 30.0  # the longest one between attempts
 ARRIVE_SECONDS = 90.0  # that a host which is ready waits for others that start
-WORTH = 5  # times what it took to form, that a membership lasts at least before it is ended for more hosts
+WORTH = 5  # times what it took to enter, that a membership lasts at least before it is ended for more hosts
 HURRY_SECONDS = 5.0  # a step that takes longer is given up where somebody has to go: a notice may be of 30 s
 ABORT_SECONDS = 1.0  # from a loss until the members that have not noticed it are told
 
@@ -70,8 +70,6 @@ def _keep_fitting(known: Known, phase: Running) -> Commands:
         yield from end_surplus(known)  # all members have the state; its former holder may exit
     yield from start_missing(known, spares=phase.at_work)
     better = wanted(known)
-    if phase.at_work and phase.cost is None:
-        phase.cost = known.now - phase.formed_at
     if any(host.node in known.leaving for host in phase.members):
         yield from _let_go(known, phase)
     elif not phase.asked_to_leave and len(better) >= known.enough and _is_worth_it(known, phase, better):
@@ -107,14 +105,15 @@ def _is_worth_it(known: Known, phase: Running, better: list[HostRecord]) -> bool
     """Whether to end a membership for one of other hosts.
 
     Those that arrive wait for others that are about to be ready, and until
-    the membership has lasted several times as long as it took to form.
+    the membership has lasted several times as long as it took to enter.
     """
     if set(better) == set(phase.members):
         return False
     if not set(phase.members) <= set(better):
         return True
     arriving = [host for host in known.starting() if not host.spare and known.now - host.started < ARRIVE_SECONDS]
-    return not arriving and phase.at_work and known.now - phase.formed_at >= WORTH * (phase.cost or 0.0)
+    cost = max(host.beat.enter_seconds for host in phase.members)
+    return not arriving and phase.at_work and known.now - phase.formed_at >= WORTH * cost
 
 
 def took_up(known: Known, host: HostRecord) -> bool:

@@ -156,7 +156,6 @@ class Running:
         members: in the order of their ranks.
         first: steps that were made in the state that it started from.
         formed_at: when it began.
-        cost: seconds from then until all members were at work; None before.
         pending: members that have neither ended it nor are lost.
         at_work: whether all members have taken up the state.
         asked_to_leave: whether the members were asked to end it.
@@ -171,7 +170,6 @@ class Running:
     first: int
     pending: list[HostRecord]
     formed_at: float = 0.0
-    cost: float | None = None
     outcomes: dict[HostRecord, Outcome] = field(default_factory=dict)
     at_work: bool = False
     asked_to_leave: bool = False
