@@ -38,7 +38,7 @@ class TrainingSimulation(Simulation):
 
     Args:
         save_steps: steps between two commits of rank 0.
-        step_s: seconds of a step.
+        step_s: seconds of a step with a host in every seat; fewer take longer.
     """
 
     def __init__(self, nodes: str, steps: int = 60, save_steps: int = 10, step_s: float = 1.0, **scaling):
@@ -166,7 +166,10 @@ class TrainingSimulation(Simulation):
             for host in group.here.values():
                 host.held = StateId(group.step, group.membership.number)
                 host.stage, host.waiting = Stage.STEPPING, False
-            self.later(self.step_s, lambda: self._make_step(group))
+            self.later(self.step_seconds(group), lambda: self._make_step(group))
+
+    def step_seconds(self, group: Group) -> float:
+        return self.step_s * max(len(self.known.seats), 1) / len(group.here)
 
     def _complete(self, group: Group) -> bool:
         """Whether all members are in it and reachable; otherwise those that are wait."""
@@ -207,7 +210,7 @@ class TrainingSimulation(Simulation):
             for host in hosts:
                 self.end(host, Outcome("finished" if last else "left", group.step))
             return
-        self.later(self.step_s, lambda: self._make_step(group))
+        self.later(self.step_seconds(group), lambda: self._make_step(group))
 
     def _commit(self, host: SimulatedHost, step: int, number: int) -> None:
         def publish() -> None:
