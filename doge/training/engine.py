@@ -81,12 +81,13 @@ class Engine:
         self._frozen = freeze(model, objective.trainable)
         deepspeed = import_deepspeed(device)
         forget_engines()
+        self._max_grad_norm = max_grad_norm = optimizer.max_grad_norm
         num_parameters = sum(p.numel() for p in model.parameters())
         # DeepSpeed broadcasts the parameters from rank 0 and keeps its fp32 copies in the optimizer.
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer.build(model),
-            config=deepspeed_config(self.zero_stage, self.dtype, optimizer.max_grad_norm, num_parameters),
+            config=deepspeed_config(self.zero_stage, self.dtype, 0.0 if replicas else max_grad_norm, num_parameters),
         )
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
         # ZeRO 3 gathers within the layers, which would cut every graph to pieces.
@@ -97,16 +98,16 @@ class Engine:
         self.whole = True  # no update is half made
         self._peak_lr = optimizer.lr
         self._grad_norm: float | torch.Tensor = torch.nan
-        if self.zero_stage == 0:  # DeepSpeed would clip, but not tell the norm
-            self._engine.optimizer.register_step_pre_hook(self._clip(optimizer.max_grad_norm))
+        if self.zero_stage == 0 and replicas is None:  # DeepSpeed would clip, but not tell the norm
+            self._engine.optimizer.register_step_pre_hook(self._clip(max_grad_norm))
         self.step_count = 0
         fill_moments(self._engine, 0 if state is None else state.step)
         if state is not None:
             self.step_count = state.step
             restore(self._engine, state)
-
         elif replicas is not None:  # built from one seed, but maybe by another device's random numbers
-            first = self._require_state()
+            first = self.state()
+            assert first is not None, "a replica has the whole state"
             replicas.broadcast(*first.parameters.values())  # those that are frozen are `_frozen`'s own
             overwrite(self._engine, first)
 
@@ -233,9 +234,12 @@ class Engine:
             with clock.span("wait"):
                 if replicas is not None:
                     replicas.all_reduce(*gradients(self._engine))
-                means = [total / weight for total in self._all_reduce(sums).tolist()]
+                    norm = torch.nn.utils.get_total_norm(gradients(self._engine)).double()
+                    sums = torch.cat([sums, norm[None]])
+                totals = self._all_reduce(sums).tolist()
             if replicas is not None:
-                self._check_gradients(means[0], max_loss)
+                self._clip_alike(totals.pop() / self.world_size, totals[0] / weight, max_loss)
+            means = [total / weight for total in totals]
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = self._peak_lr * lr_factor
             self.whole = False
@@ -243,7 +247,7 @@ class Engine:
                 raise self._too_large(max(sizes))
         self.step_count += 1
         self.whole = True
-        grad_norm = self._engine.get_global_grad_norm()
+        grad_norm = self._engine.get_global_grad_norm() if replicas is None else None
         seconds = clock.seconds()
         return StepResult(
             loss=means[0],
@@ -334,21 +338,19 @@ class Engine:
         if self._abandoned:
             raise CommunicationError("The step was abandoned.")
 
-    def _check_gradients(self, loss: float, max_loss: float) -> None:
-        """Raise StepRefused, with the step forgotten, unless the loss and the gradient are sound.
+    def _clip_alike(self, norm: float, loss: float, max_loss: float) -> None:
+        """Clip the gradient by its norm, which is the mean of all ranks' own: their devices may round differently.
 
-        The norm waits for the device: what the group still exchanged when it was aborted must not be stepped with.
+        Raises StepRefused, with the step forgotten, unless loss and gradient are sound. The norm has waited for the
+        device: what the group still exchanged when it was aborted must not be stepped with.
         """
-        norm = float(torch.nn.utils.get_total_norm(gradients(self._engine)))
         self._check_abandoned()
         if not (loss <= max_loss and math.isfinite(loss) and math.isfinite(norm)):
             discard_gradients(self._engine)
             raise StepRefused(loss, norm, max_loss)
-
-    def _require_state(self) -> TrainState:
-        state = self.state()
-        assert state is not None, "a replica has the whole state"
-        return state
+        self._grad_norm = norm
+        if norm > self._max_grad_norm:
+            torch._foreach_mul_(gradients(self._engine), self._max_grad_norm / (norm + 1e-6))  # as torch clips
 
     def _pass(self, batch: Batch, scale: float, sums: list[torch.Tensor]) -> None:
         """Forward and backward of one micro-batch; append its summed loss and metrics, fp64."""

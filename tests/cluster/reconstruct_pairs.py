@@ -9,6 +9,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_pipelines.order.feed import ReadAhead
+from doge.common.errors import MachineError
 from doge.training.objective import LossSum
 
 VOCABULARY, WIDTH, MASK = 20, 8, 0
@@ -93,11 +95,13 @@ class ReconstructPairs:
         trained: regular expression of the parameters that are trained.
         pause: seconds that every step takes longer, so that something can happen to it.
         gate: path of a file; no step begins while it is there.
+        misfortunes: path of a directory; a file there befalls whoever takes it, as its name says.
     """
 
     trained: str = ""
     pause: float = 0.0
     gate: str = ""
+    misfortunes: str = ""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -121,6 +125,8 @@ class ReconstructPairs:
         return len(batch) if batch.weighed else 0
 
     def loss_sum(self, model: nn.Module, batch: Pairs) -> LossSum:
+        if self.misfortunes:
+            befall(self.misfortunes)
         losses, number = [], torch.zeros(())
         for pair, masked in batch.pairs:
             tokens, seen = torch.tensor(pair[0] + pair[1]), torch.tensor(masked[0] + masked[1])
@@ -144,3 +150,13 @@ def mask(tokens: tuple[int, ...], seed: int) -> tuple[int, ...]:
     """The first token and, by the seed, every third or so of the others are hidden."""
     chance = random.Random(seed)
     return (MASK, *(MASK if chance.random() < 1 / 3 else token for token in tokens[1:]))
+
+
+def befall(folder: str) -> None:
+    """Let the first misfortune that lies there befall this process, and no other one."""
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            os.remove(f"{folder}/{name}")
+            if name == "hang":
+                time.sleep(600)
+            raise MachineError("Its fan is broken.") if name == "unable" else RuntimeError("a fault of this process")

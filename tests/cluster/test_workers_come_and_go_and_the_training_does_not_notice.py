@@ -126,7 +126,7 @@ def test_lost_workers_and_nodes_and_announced_departures_change_no_sample(
         assert losses(recipe, metric) == pytest.approx(losses(undisturbed, metric), rel=1e-3)
 
     begun = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\d workers? on", line)]
-    assert [line[0] for line in begun] == ["2", "1", "2", "1", "2", "1", "2", "1"]
+    assert [line[0] for line in begun] == ["2", "1", "2", "1", "2", "1", "2", "1"], "\n".join(begun)
     for number, line in enumerate(begun):
         repeated = int(re.search(r"from step \d+(?:, repeating (\d+))?", line)[1] or 0)
         assert ("after the last" in line) == (number in (1, 3, 5))

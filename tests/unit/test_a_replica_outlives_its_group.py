@@ -179,3 +179,18 @@ def test_every_pass_and_every_exchange_is_progress(engine):
         before = engines[0].progress
         step(0)
         assert engines[0].progress >= before + 2 + 3
+
+
+def test_replicas_whose_norms_round_differently_clip_by_one_factor(engine, monkeypatch):
+    """Unequal devices add up in unequal orders; the weights of their replicas stay equal all the same."""
+    engines, own = (engine(), engine()), torch.nn.utils.get_total_norm
+
+    def rounded(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return own(tensors) * (1.5 if threading.current_thread().name.endswith("_1") else 1.0)
+
+    with group(*engines) as step:
+        step(0)
+        monkeypatch.setattr(torch.nn.utils, "get_total_norm", rounded)
+        for number in range(1, 4):
+            step(number)
+    assert all(torch.equal(a, b) for a, b in zip(weights(engines[0]), weights(engines[1]), strict=True))
