@@ -10,10 +10,10 @@ from typing import Any
 
 import ray
 
-from cluster.elastic.decisions.commands import Copy, Process
-from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome
+from cluster.elastic.decisions.commands import Copy
+from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Process
 from cluster.elastic.workload import Beat, Job, Workload
-from doge.common.machine import cores_id, process_start, step_aside
+from doge.common.machine import cores_id, process_start, step_aside, wait_until_gone
 from doge.common.network import free_address
 from doge.common.storage import StorageError
 
@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
+
+GONE_SECONDS = 20.0  # that a killed process may take to give back its GPU
 
 
 class Host:
@@ -100,6 +102,12 @@ class Host:
             else:
                 self._leave.set()
         member = membership.members[rank]
+        if member.predecessor and not wait_until_gone(*member.predecessor, GONE_SECONDS):
+            step = membership.start.step if membership.start else 0
+            reason = (
+                f"GPU {','.join(member.gpus)} is still in use by process {member.predecessor[0]} of a former worker"
+            )
+            return Outcome("unable", step, reason)
         if member.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(member.gpus)
         return self._prepared.run(membership, rank, state)

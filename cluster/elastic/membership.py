@@ -8,6 +8,8 @@ together, numbered from 1. It ends when a host is lost, or at a step that all of
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Process = tuple[int, int | None]  # its id, and when it started
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -50,12 +52,14 @@ class Member:
         node: Ray's id of its node.
         machine: id of what its cores belong to, which several nodes may share.
         gpus: ids of the GPUs that it computes on.
+        predecessor: the process that computed on them before, and may not have given back their memory yet.
     """
 
     host: str
     node: str
     machine: str
     gpus: tuple[str, ...] = ()
+    predecessor: Process | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from cluster.workloads.telemetry import Reporter
 from cluster.workloads.training_loop import TrainingLoop
 from data_pipelines.order.feed import Feed, FeedConfig
 from doge.common.errors import MachineError, UserError
+from doge.common.hardware import device_trouble
 from doge.common.storage import Storage, StorageError
 from doge.training.communicator import is_symptom
 from doge.training.memory import OutOfMemory
@@ -119,6 +120,9 @@ class TrainingWorkload:
         except Exception as error:
             kind: Literal["broken", "failed"] = "broken" if loop.abandoned or is_symptom(error) else "failed"
             reason = " ".join(str(error).split())[:160]
+            loop.close(broken=True)
+            if kind == "broken" and (trouble := device_trouble(self.device)):
+                return Outcome("failed", self.step, f"worker {rank}: its GPU is not usable any more: {trouble}")
             return Outcome(kind, self.step, f"worker {rank}: {type(error).__name__}: {reason}")
         finally:
             loop.close(broken=True)

@@ -31,6 +31,18 @@ def cpu_name(threads: int) -> str:
     return f"CPU ({count(threads, 'thread')})"
 
 
+def device_trouble(device: torch.device) -> str:
+    """What a device that computed before says to the simplest sum; empty if it is well.
+
+    An error of CUDA is sticky: after an illegal access every later call of the process fails with it.
+    """
+    try:
+        works = torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:160]
+    return "" if works else "it cannot add two numbers"
+
+
 def peak_tflops(device: torch.device) -> float | None:
     """Peak TFLOP/s of dense bf16 matrix products; None if unknown."""
     if device.type != "cuda":

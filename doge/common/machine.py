@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 
 ASIDE = 10  # what it adds to its niceness, of which each point is a fifth more or less of a core
 
@@ -35,6 +36,20 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def wait_until_gone(pid: int, started: int | None, timeout_s: float) -> bool:
+    """Wait for a process to end, with all that it held; returns whether it did.
+
+    Args:
+        started: what `process_start` gave for it; another process of its id is not waited for.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (now := process_start(pid)) is not None and started in (None, now):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def step_aside() -> None:

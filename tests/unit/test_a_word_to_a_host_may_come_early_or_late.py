@@ -1,12 +1,15 @@
 """A word to a host may come early, before the membership that it is about has begun, or late, in another."""
 
 import os
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from cluster.elastic import host as hosts
 from cluster.elastic.host import Host
 from cluster.elastic.membership import Member, Membership, Outcome, StateId
 from cluster.workloads import training_workload
@@ -15,7 +18,8 @@ from cluster.workloads.outbox import Outbox
 from cluster.workloads.training_loop import TrainingLoop
 from cluster.workloads.training_workload import TrainingWorkload
 from data_pipelines.order.feed import ReadAhead
-from doge.common.machine import ASIDE
+from doge.common.hardware import device_trouble
+from doge.common.machine import ASIDE, process_start
 from doge.common.storage import StorageError
 from doge.training.communicator import CommunicationError
 from doge.training.state.run_position import RunPosition
@@ -57,15 +61,18 @@ class Loop(TrainingLoop):
         pass
 
 
-def test_an_abort_that_comes_before_its_membership_begins_is_not_forgotten(monkeypatch):
-    monkeypatch.setattr(training_workload, "TrainingLoop", Loop)
+def workload_of_nothing() -> TrainingWorkload:
     workload = object.__new__(TrainingWorkload)
     workload.settings = workload.feeds = workload._loop = workload.replica = None
     workload.kept, workload._moves, workload._membership, workload._aborted = None, 0, 0, 0
-    workload.job = SimpleNamespace(use_gpu=False)
+    workload.job, workload.device = SimpleNamespace(use_gpu=False), torch.device("cpu")
     workload.reporter = SimpleNamespace(post=None, outbox=Outbox(lambda events: None))
-    workload.abort(3)
-    assert workload.run(Membership(3, (), ("127.0.0.1", 1)), 0, None).kind == "broken"
+    return workload
+
+
+def test_an_abort_that_comes_before_its_membership_begins_is_not_forgotten(monkeypatch):
+    assert abandoned_outcome(monkeypatch).kind == "broken"
+    workload = workload_of_nothing()
     assert workload.run(Membership(4, (), ("127.0.0.1", 1)), 0, None).kind == "failed"
 
 
@@ -122,6 +129,43 @@ def test_a_host_commits_what_it_holds_where_nobody_did(held, handed_over, there,
     workload.save = lambda *arguments: saved.append(arguments)
     workload.commit()
     assert saved == ([("state", position, 2)] if written else [])
+
+
+def test_a_gpu_is_taken_over_once_its_former_process_is_gone(monkeypatch):
+    monkeypatch.setattr(hosts, "GONE_SECONDS", 0.3)
+    host = Host("a1")
+    host._workload = Workload(host._leave)
+    former = subprocess.Popen(["sleep", "60"])
+    known = former.pid, process_start(former.pid)
+
+    def run(*predecessor: int) -> Outcome:
+        member = Member("a1", "a", "a", ("",), predecessor)
+        return host.run(Membership(1, (member,), ("127.0.0.1", 1)), 0, None)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refused = run(*known)
+    assert refused.kind == "unable"
+    assert f"in use by process {former.pid}" in refused.reason
+    assert run(former.pid, known[1] + 1).kind == "finished"  # another process of that id
+    former.kill()
+    former.wait()
+    assert run(*known).kind == "finished"
+
+
+def test_a_device_that_fails_the_simplest_sum_ends_its_process(monkeypatch):
+    assert device_trouble(torch.device("cpu")) == ""
+    assert "its GPU" not in abandoned_outcome(monkeypatch).reason
+    monkeypatch.setattr(training_workload, "device_trouble", lambda device: "CUDA error: an illegal memory access")
+    outcome = abandoned_outcome(monkeypatch)
+    assert outcome.kind == "failed"
+    assert "its GPU is not usable any more: CUDA error" in outcome.reason
+
+
+def abandoned_outcome(monkeypatch) -> Outcome:
+    monkeypatch.setattr(training_workload, "TrainingLoop", Loop)
+    workload = workload_of_nothing()
+    workload.abort(3)
+    return workload.run(Membership(3, (), ("127.0.0.1", 1)), 0, None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a whole process has one priority")

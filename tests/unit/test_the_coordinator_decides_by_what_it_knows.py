@@ -47,7 +47,7 @@ from cluster.elastic.decisions.observations import (
     SeatTaken,
     Tick,
 )
-from cluster.elastic.decisions.staffing import hopeless, wanted
+from cluster.elastic.decisions.staffing import bind_gpus, hopeless, wanted
 from cluster.elastic.decisions.watching import (
     FLUSH_SECONDS,
 )
@@ -180,6 +180,22 @@ def test_a_seat_that_comes_back_with_another_gpu_gets_a_host_and_the_old_one_han
     assert run.membership.members[0].gpus == ("1",)
     beat = Beat(Stage.STEPPING, membership=2)
     assert of(Flush, decide(state, BeatHeard(start.host, beat), 101.6)) == [Flush("a1")]
+
+
+def test_who_gets_a_gpu_is_told_which_process_had_it_before():
+    state = running(host("a1", gpus=None), host("a2", gpus=None), seats="aa", num_workers=2)
+    state.seats = tuple(Seat("group", rank, 2, "a", (gpu,)) for rank, gpu in enumerate("01"))
+    bind_gpus(state, state.members)
+    assert [each.predecessor for each in state.members] == [None, None]
+    state.hosts["a3"] = host("a3", gpus=None)
+    bind_gpus(state, [state.hosts["a1"], state.hosts["a3"]])
+    info = state.hosts["a2"].info
+    assert (state.hosts["a3"].gpus, state.hosts["a3"].predecessor) == (("1",), (info.pid, info.started))
+    bind_gpus(state, [state.hosts["a1"], state.hosts["a3"]])
+    assert state.hosts["a1"].predecessor is None
+    for rank, gpu in enumerate("12"):
+        decide(state, SeatTaken(Seat("other", rank, 2, "a", (gpu,))), 100.1)
+    assert list(state.tenants) == [("a", ("1",))]
 
 
 def test_a_host_alone_offers_no_copies():

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.elastic.events import Event
-from cluster.elastic.membership import Membership
-
-Process = tuple[int, int | None]  # its id, and when it started
+from cluster.elastic.membership import Membership, Process
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, in
     members = []
     for host in phase.hosts:
         assert host.info is not None, "a host that was asked to train is ready"
-        members.append(Member(host.name, host.node, host.info.cores or host.info.machine, host.gpus or ()))
+        machine = host.info.cores or host.info.machine
+        members.append(Member(host.name, host.node, machine, host.gpus or (), host.predecessor))
         if not host.used:
             host.used = True
             at = known.now if host.spare else host.started

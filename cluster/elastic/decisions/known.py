@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.elastic.decisions.observations import Offered
-from cluster.elastic.membership import HostInfo, Membership, Outcome, Seat, StateId
+from cluster.elastic.membership import HostInfo, Membership, Outcome, Process, Seat, StateId
 from cluster.elastic.workload import Beat
 from cluster.machines.scaling import ScalingRecipe
 
@@ -27,6 +27,7 @@ class HostRecord:
         answered: when it last answered anything, or was started.
         replaces: whether it was started for one that was lost.
         gpus: ids of the GPUs that it is bound to; None before it is bound to any.
+        predecessor: the process that was bound to them before.
         info: what it said when it was ready.
         beat: the last one heard.
         moved: when its progress or its activity last changed, as far as its beats tell.
@@ -48,6 +49,7 @@ class HostRecord:
     answered: float
     replaces: bool = False
     gpus: tuple[str, ...] | None = None
+    predecessor: Process | None = None
     info: HostInfo | None = None
     beat: Beat = field(default_factory=lambda: Beat(waiting=True))
     moved: float = 0.0
@@ -212,6 +214,7 @@ class Known:
         vacancies: failed starts by node and whether of a spare.
         failed_starts: failures that wait for news of their node.
         left_out: nodes on which no host can be started, and why.
+        tenants: the processes that were bound last to the GPUs of the seats.
         troubles: of places whose hosts broke memberships.
         to_replace: hosts that were lost and in whose place none was started yet.
         number: of the latest membership.
@@ -237,6 +240,7 @@ class Known:
     vacancies: dict[tuple[str, bool], Vacancy] = field(default_factory=dict)
     failed_starts: list[FailedStart] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    tenants: dict[Place, Process] = field(default_factory=dict)
     troubles: dict[Place, Trouble] = field(default_factory=dict)
     to_replace: int = 0
     number: int = 0

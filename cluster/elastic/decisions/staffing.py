@@ -24,6 +24,7 @@ def take_seat(known: Known, seat: Seat) -> None:
     known.groups = {seat.group: group}
     known.seats = tuple(group[rank] for rank in range(seat.size))
     known.left_out.clear()
+    known.tenants = {place: process for place, process in known.tenants.items() if place in known.places()}
     for vacancy in known.vacancies.values():
         vacancy.failures = 0
 
@@ -178,6 +179,9 @@ def bind_gpus(known: Known, hosts: list[HostRecord]) -> None:
             host.gpus = here[0] if here else ()
             if host.gpus:
                 here.pop(0)
+                assert host.info is not None, "a host that is bound is ready"
+                host.predecessor = known.tenants.get(host.place)
+                known.tenants[host.place] = host.info.pid, host.info.started
 
 
 def hopeless(known: Known) -> str:
