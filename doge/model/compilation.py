@@ -8,6 +8,7 @@ import torch
 from doge.model.modeling import DogeForCausalLM
 
 _log = logging.getLogger(__name__)
+_events: list[object] = []  # of compilations, in this process
 
 
 def compile_layers(model: torch.nn.Module) -> bool:
@@ -19,9 +20,23 @@ def compile_layers(model: torch.nn.Module) -> bool:
     """
     if not isinstance(model, DogeForCausalLM) or not can_compile(model.device.type):
         return False
+    _watch()
     for layer in model.model.layers:
         layer.compile()
     return True
+
+
+def compilation_progress() -> int:
+    """Grows whenever code begins or ends to be compiled; may be asked from any thread."""
+    return len(_events)
+
+
+@functools.cache
+def _watch() -> None:
+    from torch._dynamo import callback
+
+    callback.on_compile_start(_events.append)
+    callback.on_compile_end(_events.append)
 
 
 @functools.cache

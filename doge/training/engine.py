@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from doge.common.errors import UserError
-from doge.model.compilation import compile_layers
+from doge.model.compilation import compilation_progress, compile_layers
 from doge.training.communicator import CommunicationError, Communicator
 from doge.training.deepspeed_internals import (
     deepspeed_config,
@@ -125,8 +125,8 @@ class Engine:
 
     @property
     def progress(self) -> int:
-        """Grows with every micro-batch and every piece that is exchanged; may be asked from any thread."""
-        return self._passes + (self.replicas.progress if self.replicas is not None else 0)
+        """Grows with every micro-batch, compilation, and piece that is exchanged; may be asked from any thread."""
+        return self._passes + compilation_progress() + (self.replicas.progress if self.replicas is not None else 0)
 
     @property
     def waiting(self) -> bool:

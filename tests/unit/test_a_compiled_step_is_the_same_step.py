@@ -41,7 +41,10 @@ def test_a_compiled_engine_makes_the_same_steps(group):
         recipe = EngineRecipe(1, "fp32", compile)
         engine = Engine(NextTokenPrediction(MODEL), OptimizerRecipe(lr=5e-3), recipe, torch.device("cpu"))
         assert engine.compiled == (compile == "on")
+        before = engine.progress
         results.append([engine.step(batch_of(step), [3, 2], 1.0) for step in range(2)])
+        passes = 2 * 2
+        assert (engine.progress - before > passes) == engine.compiled  # forward and backward are begun and ended
         names = list(engine.state().parameters)
         engine.close()
     assert not [name for name in names if "_orig_mod" in name]
