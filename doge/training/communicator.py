@@ -70,6 +70,7 @@ class Communicator:
         self._addresses: set[Address] = {address}  # at which ranks listen, this one included
         self._ended = threading.Event()
         self._is_abandoned = abandoned
+        self._lock = threading.Lock()  # of the end of NCCL's group
         self._gloo: Any = None
         self._nccl: Any = None
         if size > 1:
@@ -100,15 +101,20 @@ class Communicator:
         for connection in self._connections():
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        if self._nccl is not None:  # last, for it may wait itself
-            self._nccl.abort()
+        self._abort_nccl()  # last, for it may wait itself
 
     def close(self) -> None:
-        """Leave the group. Abort one that hangs on a GPU first: leaving waits for its collectives."""
+        """Leave the group; what hangs in it on a GPU is ended."""
         self._ended.set()
-        nccl, self._nccl, self._gloo, self.store = self._nccl, None, None, None
-        if nccl is not None:
-            nccl.abort()
+        self._gloo, self.store = None, None
+        self._abort_nccl()
+
+    def _abort_nccl(self) -> None:
+        """Once, whoever comes first: a thread that leaves the group, or one that ends it meanwhile."""
+        with self._lock:
+            nccl, self._nccl = self._nccl, None
+            if nccl is not None:
+                nccl.abort()
 
     @property
     def ended(self) -> bool:
