@@ -56,7 +56,9 @@ class Looker:
     def hosts(self) -> list[dict]:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        while not (answer := self.process.stdout.readline()).startswith("["):  # Ray tells it of lost nodes there
+            assert answer, f"the one that looks ended with {self.process.wait(10)}"
+        return json.loads(answer)
 
 
 @contextmanager
