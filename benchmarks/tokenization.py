@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from machines import end, first_cores
 
+from cluster.machines.head_storage import share
 from data_pipelines.order.plan import Plan, make_plan
 from data_pipelines.prepare import prepare
 from data_pipelines.sources import embedded
@@ -166,7 +167,7 @@ def rounds(folder: Path, count: int) -> Iterator[tuple[float, int, float, int, P
     theirs = Theirs(folder)
     try:
         for number in range(count):
-            storage = Storage(str(folder / f"storage-{number}"))
+            storage = share(Storage(str(folder / f"storage-{number}")))
             our_seconds, our_tokens, plan = ours(folder, storage)
             their_seconds, their_tokens = theirs.run()
             yield our_seconds, our_tokens, their_seconds, their_tokens, plan, storage

@@ -68,7 +68,7 @@ def prepare(
 
     Args:
         plan: plan that is committed in ``storage``.
-        storage: storage that the shards are written to.
+        storage: storage that the shards are written to, as tasks on any node open it.
         training_sequences: ``max_steps * global_batch_size``; None prepares every file.
         on_progress: called after every shard.
         should_stop: called after every shard; True ends the preparation early.

@@ -40,12 +40,13 @@ def run(command: PrepareData) -> None:
     if command.dry_run:
         return
     connect(recipe.scaling)
+    from cluster.machines.head_storage import share
     from data_pipelines.order.plan import make_plan
     from data_pipelines.prepare import Progress, prepare
     from doge.common.storage import Storage
     from doge.tokenizer.loading import check_vocabulary
 
-    storage = Storage(recipe.storage)
+    storage = share(Storage(recipe.storage))
     plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)
     check_vocabulary(plan.open_tokenizer(storage), recipe.model.build().vocab_size)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in plan.files.items())

@@ -21,6 +21,7 @@ from cluster.elastic.seat import take_seat
 from cluster.elastic.seat_trainer import SeatTrainer
 from cluster.elastic.workload import Job
 from cluster.machines.connection import resolve_seats
+from cluster.machines.head_storage import share
 from cluster.machines.scaling import ScalingRecipe
 from cluster.workloads.phase import TrainingSettings
 from cluster.workloads.training_events import StepMade
@@ -70,7 +71,7 @@ class PairsRun:
     def __init__(self, settings: TrainingSettings, storage: Storage, **scaling):
         for module in (reconstruct_pairs, sys.modules[__name__]):  # the workers' processes know no tests
             ray.cloudpickle.register_pickle_by_value(module)
-        self.settings, self.storage, self.name = settings, storage, "pairs"
+        self.settings, self.storage, self.name = settings, share(storage), "pairs"
         self.scaling = ScalingRecipe(**{"num_workers": 2, "use_gpu": False, "warm_spares": 0} | scaling)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(PlainBoard).remote()

@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from doge.common import lease as leases
 from doge.common.errors import UserError
-from doge.common.lease import FILE, Lease, LeaseLost
+from doge.common.lease import FILE, Claim, Lease, LeaseLost
 from doge.common.machine import process_start
 from doge.common.storage import Storage
 
@@ -146,7 +145,7 @@ def test_a_holder_that_slept_may_not_commit_after_it_was_replaced(holder, tmp_pa
 
 def test_a_claim_in_another_process_says_why_it_may_not_commit(tmp_path):
     with lease(tmp_path) as mine:
-        claim = pickle.loads(pickle.dumps(mine.claim))
+        claim = Claim(Storage(str(tmp_path)), mine.claim.owner)
         claim.check()
     with pytest.raises(LeaseLost, match=r"was removed, .* again to resume from the last commit"):
         claim.check()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.machines.head_storage import share
 from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.packed_sequences import PackedSequences, PackedSequencesConfig
 from data_pipelines.order.plan import load_plan, make_plan
@@ -105,7 +106,7 @@ def test_held_out_and_training_rows_are_documents_of_their_source(complete):
 def test_a_stopped_preparation_goes_on_to_the_same_order(complete, recipe, tmp_path, ray_cluster):
     from data_pipelines.prepare import prepare
 
-    storage = Storage(str(tmp_path))
+    storage = share(Storage(str(tmp_path)))
     plan = make_plan(recipe, TOKENIZER, storage)
     assert plan.fingerprint == complete[1].fingerprint
     made = []
@@ -230,7 +231,7 @@ def test_waiting_readers_learn_that_the_preparation_failed(complete, tmp_path, r
     root.mkdir()
     (root / "good.jsonl").write_text('{"text": "good"}\n' * 30)
     (root / "bad.jsonl").write_text('{"text": "good"}\n' * 25 + '{"text": \n')
-    storage = Storage(str(tmp_path / "store"))
+    storage = share(Storage(str(tmp_path / "store")))
     recipe = DataRecipe(
         {"a": SourceRecipe(str(root), 1)}, sequence_length=16, held_out_sequences=0, documents_per_shard=10
     )

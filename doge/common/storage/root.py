@@ -3,12 +3,14 @@
 A local root is served in place. A remote one is read through a local cache, so that shards can be memory-mapped, and
 written by uploading a finished local file. Either way a file appears whole or not at all.
 
-A Storage can be sent to other processes. One whose root is a directory of the driver is opened in place by processes
-that see the directory, and through the driver by those that do not.
+A Storage can be sent to other processes, except one that is a plain directory: its path may mean another disk there.
+`cluster.machines.head_storage.share` gives the same storage in a form that is opened in place by processes that see the
+directory, and through the driver by those that do not.
 """
 
 import copy
 import os
+import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,6 +72,11 @@ class Storage:
         return same
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if not self.is_shared:
+            raise pickle.PicklingError(
+                f"{self!r} is a directory that another process may not see: send what "
+                "cluster.machines.head_storage.share makes of it, or its path to a process of this machine."
+            )
         return Storage, (self.root, *self._arguments)
 
     def __repr__(self) -> str:
