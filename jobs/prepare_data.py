@@ -46,7 +46,7 @@ def run(command: PrepareData) -> None:
     from doge.common.storage import Storage
     from doge.tokenizer.loading import check_vocabulary
 
-    storage = share(Storage(recipe.storage))
+    storage = share(Storage(recipe.storage, cache_bytes=recipe.cache_bytes))
     plan = make_plan(recipe.data, recipe.tokenizer, storage, console.say)
     check_vocabulary(plan.open_tokenizer(storage), recipe.model.build().vocab_size)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in plan.files.items())

@@ -45,7 +45,7 @@ def share(storage: Storage) -> Storage:
     filesystem = HeadFileSystem(_start(storage.root, marker), socket.gethostname())
     if marker is not None:
         weakref.finalize(filesystem, _remove_file, marker)
-    return Storage(storage.root, filesystem=filesystem, marker=marker)
+    return storage.through(filesystem, marker)
 
 
 def _start(root: str, marker: str | None) -> Any:

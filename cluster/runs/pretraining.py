@@ -62,7 +62,7 @@ def pretraining_job(
     return Job(
         name=recipe.name,
         workload="cluster.workloads.training_workload:TrainingWorkload",
-        settings=pretraining_settings(recipe, plan, share(Storage(start_from)) if start_from else None),
+        settings=pretraining_settings(recipe, plan, share(_open(start_from, recipe)) if start_from else None),
         storage=storage,
         claim=claim,
         board=board,
@@ -76,7 +76,7 @@ class Pretraining:
     def __init__(self, recipe: Recipe, start_from: str | None):
         training, length = recipe.training, recipe.data.sequence_length
         self.recipe, self.start_from = recipe, start_from
-        self.storage = Storage(recipe.storage)
+        self.storage = _open(recipe.storage, recipe)
         self.console = Console(training.max_steps, training.logging_steps)
         config = RunConfig(
             name=recipe.name,
@@ -202,7 +202,7 @@ class Pretraining:
         from doge.training.state.checkpoint import load_checkpoint
         from doge.training.state.train_state import check_fits
 
-        state, self._start = load_checkpoint(Storage(self.start_from))
+        state, self._start = load_checkpoint(_open(self.start_from, self.recipe))
         check_fits(state, build_model(self.recipe.model.build()))
         check_same_function(self.recipe.model, from_dict(Recipe, self._start.recipe).model)
         training, schedule = self.recipe.training, self.recipe.lr_scheduler
@@ -215,3 +215,7 @@ class Pretraining:
             self.console.say(f"Starting from step {state.step}, in the stable phase.")
         else:
             self.console.say(f"Starting from step {state.step}, outside the stable phase of this recipe's schedule.")
+
+
+def _open(root: str, recipe: Recipe) -> Storage:
+    return Storage(root, cache_bytes=recipe.cache_bytes)

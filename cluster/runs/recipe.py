@@ -71,6 +71,8 @@ class Recipe:
     """Name of the run; running the same name again resumes it."""
     storage: str = field(default_factory=_default_storage)
     """Root of everything durable: a directory, or a URI such as s3://bucket/doge. DOGE_HOME sets the default."""
+    cache_gib: float | None = None
+    """Most GiB of each node's disk that copies of remote files may take. Default: as much as they leave free."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -102,6 +104,10 @@ class Recipe:
                     f"training.{key} = skip needs the whole state on every worker: do not set --engine.states "
                     "partitioned beside it."
                 )
+        if self.cache_gib is not None and not self.cache_gib > 0:
+            raise UserError(
+                f"cache_gib must be above 0, or null for as much as it leaves free, not {self.cache_gib:g}."
+            )
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
         if self.name in ("", ".", "..") or "/" in self.name:
@@ -114,6 +120,11 @@ class Recipe:
                 f"training.global_batch_size ({self.training.global_batch_size}) is smaller than the number of "
                 f"workers ({num_workers}): raise it, or lower --scaling.num-workers."
             )
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The bound of the cache on each node, as `Storage` takes it."""
+        return None if self.cache_gib is None else int(self.cache_gib * 2**30)
 
     @property
     def training_sequences(self) -> int:
@@ -145,7 +156,7 @@ class Recipe:
 
 # Keys that may change when a run is resumed: no sample and no gradient depends on them, or they only say when to stop.
 _FREE = (
-    "storage", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
+    "storage", "cache_gib", "tokenizer.path", "training.max_steps", "training.micro_batch_size", "training.eval_steps",
     "training.save_steps", "training.save_seconds", "training.save_total_limit", "training.logging_steps",
     "training.record_samples", "training.gradient_checkpointing", "training.on_nonfinite", "training.on_spike",
     "training.spike_factor", "lr_scheduler.decay_steps", "engine.", "scaling.", "tracking.", "ledger.", "data.",

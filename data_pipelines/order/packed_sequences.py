@@ -186,14 +186,17 @@ class PackedSequences:
             raise RuntimeError(f"part {part} of file {file} of {source!r} is in the order but not in the catalog")
         name = shard_name(self.plan.keys[source][file], part)
         try:
-            return open_shard(self._storage.local(name), record)
+            with self._storage.reading(name) as path:
+                return open_shard(path, record)
         except (Damaged, FileNotFoundError):
             self._storage.forget(name)
         try:
-            return open_shard(self._storage.local(name), record)
+            with self._storage.reading(name) as path:
+                return open_shard(path, record)
         except (Damaged, FileNotFoundError):
             self._remake(source, file, part, record.sha256)
-        return open_shard(self._storage.local(name), record)
+        with self._storage.reading(name) as path:
+            return open_shard(path, record)
 
     def _remake(self, source: str, file: int, part: int, sha256: str) -> None:
         path = self._storage.path(shard_name(self.plan.keys[source][file], part))

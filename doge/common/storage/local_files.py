@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 
 PARTIAL = ".partial"  # ends the name of a file that is being written, or was when its writer died
 
@@ -17,8 +18,9 @@ def remove(path: str) -> None:
     """Remove a file or a directory, if it exists."""
     if os.path.isdir(path):
         shutil.rmtree(path, ignore_errors=True)
-    elif os.path.exists(path):
-        os.remove(path)
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.remove(path)
 
 
 def sha256(path: str) -> str:

@@ -32,11 +32,13 @@ class Storage:
 
     Args:
         root: A local path (``~`` is expanded) or a URI such as ``s3://bucket/prefix``.
-        cache: Local directory for copies of remote files. By default each process uses its own `default_cache`.
+        cache: Local directory for copies of remote files. By default each process uses the `default_cache` of its
+            machine, so that processes of one machine share their copies.
         filesystem: File system to reach the root through, instead of the one that the root names. If its
             ``atomic_renames`` is true, its ``mv`` flushes the file and then replaces the target at once.
         marker: Local path of a file in the root's own directory. A process that sees this file opens the directory in
             place; only other processes go through ``filesystem``.
+        cache_bytes: Most bytes that the copies may take on each machine; see `RemoteCache` for the default.
 
     Every method raises StorageError if the root cannot be reached, may not be used, or is on a full disk.
     """
@@ -47,11 +49,12 @@ class Storage:
         cache: str | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
         marker: str | None = None,
+        cache_bytes: int | None = None,
     ):
         if "://" not in root:
             root = os.path.abspath(os.path.expanduser(root))
         self.root = root.rstrip("/")
-        self._arguments = cache, filesystem, marker
+        self._arguments = cache, filesystem, marker, cache_bytes
         if filesystem is None or (marker is not None and os.path.exists(marker)):
             self._filesystem, self._base = _open_root(self.root)
         else:
@@ -59,7 +62,7 @@ class Storage:
         protocols = self._filesystem.protocol
         self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
         self._marker = marker if self.is_local else None
-        self._cache = RemoteCache(cache)
+        self._cache = RemoteCache(cache, cache_bytes)
 
     def __truediv__(self, prefix: str) -> "Storage":
         below = copy.copy(self)
@@ -86,6 +89,11 @@ class Storage:
     def is_shared(self) -> bool:
         """Whether the same files are reached from every machine of the cluster."""
         return not self.is_local or self._arguments[1] is not None
+
+    def through(self, filesystem: fsspec.AbstractFileSystem, marker: str | None) -> "Storage":
+        """The same storage, reached through ``filesystem`` by processes that do not see the file ``marker``."""
+        cache, _, _, cache_bytes = self._arguments
+        return Storage(self.root, cache, filesystem, marker, cache_bytes)
 
     def path(self, name: str) -> str:
         """The full path or URI of ``name``."""
@@ -137,28 +145,36 @@ class Storage:
             remove(temporary)
 
     def local(self, name: str, again: bool = False) -> str:
-        """A local path with the content of ``name``; a remote file is fetched into the cache once.
+        """`reading`, but the copy of a remote file may be evicted at any time after."""
+        with self.reading(name, again) as path:
+            return path
+
+    @contextmanager
+    def reading(self, name: str, again: bool = False) -> Iterator[str]:
+        """A local path with the content of ``name`` to open inside; a remote file is fetched into the cache once.
 
         Only for files that never change under their name; ``again`` replaces a copy that turned out to be damaged.
-        Raises FileNotFoundError.
+        Raises FileNotFoundError, and UserError if the file is larger than the cache may be.
         """
         if self.is_local:
             path = f"{self._base}/{name}"
             with self._in_sentences():
                 os.stat(path)
-            return path
-        path = self._cached(name)
-        if again or not os.path.exists(path):
-            with self._cache.staging() as temporary, self._in_sentences(self._cache.folder):
-                self._filesystem.get_file(f"{self._base}/{name}", temporary)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                os.replace(temporary, path)
-        return path
+            yield path
+            return
+
+        def fetch(target: str) -> None:
+            self._cache.make_room(self.path(name), self.size(name))
+            with self._in_sentences(self._cache.folder):
+                self._filesystem.get_file(f"{self._base}/{name}", target)
+
+        with self._cache.copy(self._address(name), fetch, again) as path:
+            yield path
 
     def forget(self, name: str) -> None:
         """Drop the cached copies of a remote file, or of everything below a directory; `local` then fetches again."""
         if not self.is_local:
-            remove(self._cached(name))
+            remove(self._cache.path(self._address(name)))
 
     def delete(self, name: str) -> None:
         """Remove a file or a directory, if it exists."""
@@ -204,9 +220,9 @@ class Storage:
                     put(path, target, **options)
         self.forget(name)
 
-    def _cached(self, name: str) -> str:
-        """Path of the local copy of ``name``; the host tells apart disks that the path alone does not."""
-        return self._cache.path(f"{getattr(self._filesystem, 'host', '')}/{self.path(name)}")
+    def _address(self, name: str) -> str:
+        """What the cache knows ``name`` by; the host tells apart disks that the path alone does not."""
+        return f"{getattr(self._filesystem, 'host', '')}/{self.path(name)}"
 
     @contextmanager
     def _in_sentences(self, place: str | None = None) -> Iterator[None]:

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +29,7 @@ GRACE_SECONDS = 2.0  # that a healthy write gets before a newer state may replac
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 1.0, 30.0  # between two attempts
 
 Checkpoint = tuple[TrainState, RunPosition]
+Loaded = TypeVar("Loaded")
 
 
 class Checkpoints:
@@ -249,24 +250,23 @@ def load_checkpoint(storage: Storage) -> Checkpoint:
     if _MANIFEST not in names:
         raise damaged
 
-    def fetch(name: str, checksum: str) -> str:
-        """A local path of the file; a copy in the cache that is damaged, or of an earlier file, is fetched again."""
-        path = storage.local(name)
-        if sha256(path) != checksum:
-            path = storage.local(name, again=True)
-            if storage.is_local or sha256(path) != checksum:
-                raise damaged
-        return path
-
-    def tensors(name: str) -> dict[str, torch.Tensor]:
-        return load_file(fetch(name, checksums[name]))  # out of the page cache, right after hashing
+    def read(name: str, load: Callable[[str], Loaded]) -> Loaded:
+        """Load a file; a copy in the cache that is damaged, or of an earlier file, is fetched again."""
+        for again in (False, True):
+            with storage.reading(name, again) as path:
+                if sha256(path) == checksums[name]:
+                    return load(path)  # out of the page cache, right after hashing
+            if storage.is_local:
+                break
+        raise damaged
 
     try:
         checksums = json.loads(storage.read_bytes(_MANIFEST))
-        values = json.loads(Path(fetch(_STATE, checksums[_STATE])).read_bytes())
+        values = json.loads(read(_STATE, lambda path: Path(path).read_bytes()))
         step, position = values["step"], RunPosition.from_dict(values["memory"])
         with ThreadPoolExecutor(len(MOMENTS) + 1) as pool:
-            parameters, *moments = pool.map(tensors, [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)])
+            files = [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)]
+            parameters, *moments = pool.map(lambda name: read(name, load_file), files)
     except (FileNotFoundError, ValueError, KeyError, SafetensorError):
         raise damaged from None
     return TrainState(step, parameters, dict(zip(MOMENTS, moments, strict=True))), position
