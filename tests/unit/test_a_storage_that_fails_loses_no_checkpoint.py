@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -195,15 +196,19 @@ def remote(tmp_path):
     return storage / "step-00000001"
 
 
+def stored(remote, name: str) -> str:
+    return next(each for each in json.loads(remote.read_bytes("manifest.json")) if each.endswith(name))
+
+
 @pytest.mark.parametrize("name", ["parameters.safetensors", "exp_avg.safetensors", "state.json"])
 def test_a_damaged_copy_in_the_cache_is_fetched_again(name, remote):
-    copy = Path(remote.local(name))
+    copy = Path(remote.local(stored(remote, name)))
     copy.write_bytes(copy.read_bytes()[:-1] + b"?")
     assert torch.equal(load_checkpoint(remote)[0].parameters["weight"], state(1).parameters["weight"])
 
 
 def test_a_damaged_original_is_found_in_spite_of_the_cache(remote):
-    remote.write_bytes("parameters.safetensors", b"damaged")
+    remote.write_bytes(stored(remote, "parameters.safetensors"), b"damaged")
     with pytest.raises(CorruptCheckpoint):
         load_checkpoint(remote)
 

@@ -3,14 +3,19 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 
 PARTIAL = ".partial"  # ends the name of a file that is being written, or was when its writer died
 
 
-def commit(temporary: str, target: str) -> None:
-    """Flush a local file or directory to the disk, then let it appear as ``target`` by a rename."""
+def commit(temporary: str, target: str, before_commit: Callable[[], object] = lambda: None) -> None:
+    """Flush a local file or directory to the disk, then let it appear as ``target`` by a rename.
+
+    ``before_commit`` is called just before the rename, and may raise.
+    """
     _flush(temporary)
+    before_commit()
     _replace(temporary, target)
 
 

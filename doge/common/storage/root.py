@@ -9,6 +9,7 @@ directory, and through the driver by those that do not.
 """
 
 import copy
+import errno
 import os
 import pickle
 import uuid
@@ -24,6 +25,8 @@ from doge.common.storage.local_files import PARTIAL, commit, remove
 from doge.common.storage.remote_cache import RemoteCache
 from doge.common.storage.sentences import StorageError, in_sentences
 
+# Protocols whose drivers let the store refuse to create what exists (If-None-Match: s3fs, adlfs; a generation: gcsfs).
+_REFUSING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "memory"}
 _MARKER = ".shared"  # ends the name of the file by which a process recognises the driver's directory
 
 
@@ -124,23 +127,58 @@ class Storage:
         """Write ``name`` whole or not at all."""
         self.write(name, lambda path: Path(path).write_bytes(content))
 
-    def write(self, name: str, fill: Callable[[str], object]) -> None:
+    @property
+    def has_renames(self) -> bool:
+        """Whether a directory appears at once. An object store has none: there it appears file by file."""
+        return self.is_local or bool(getattr(self._filesystem, "atomic_renames", False))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file whole, on a root without renames. Raises FileExistsError if it is there.
+
+        Returns whether the root itself refuses the second of two writers. Where it cannot, they may both look at the
+        same moment, and the later one replaces the file of the other.
+        """
+        path, protocols = f"{self._base}/{name}", self._filesystem.protocol
+        can_refuse = not _REFUSING.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
+        exists = False
+        with self._in_sentences():
+            try:
+                if can_refuse:
+                    self._filesystem.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                exists = True
+            except OSError as error:
+                if error.errno != errno.ENOSYS:  # what s3fs makes of a server that does not know If-None-Match
+                    raise
+                can_refuse = False
+            if not can_refuse:
+                exists = bool(self._filesystem.exists(path))
+                if not exists:
+                    self._filesystem.pipe_file(path, content)
+        if exists:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path(name))
+        return can_refuse
+
+    def write(
+        self, name: str, fill: Callable[[str], object], before_commit: Callable[[], object] = lambda: None
+    ) -> None:
         """Let ``fill(local_path)`` make a file or a directory, then let it appear as ``name`` at once.
 
         The commit is one rename if the root's file system has renames (two if a directory replaces another), else an
         upload. An uploaded directory is complete only once a file that its reader checks (a manifest) says so.
+        ``before_commit`` is called just before the rename or the upload; what it raises leaves everything as it was.
         """
         target = f"{self._base}/{name}"
         parent, last = target.rsplit("/", 1)
         temporary = f"{parent}/.{last}.{uuid.uuid4().hex}{PARTIAL}"
         if not self.is_local:
-            self._upload(name, fill, target, temporary)
+            self._upload(name, fill, before_commit, target, temporary)
             return
         try:
             with self._in_sentences():
                 os.makedirs(parent, exist_ok=True)
                 fill(temporary)
-                commit(temporary, target)
+                commit(temporary, target, before_commit)
         finally:
             remove(temporary)
 
@@ -197,26 +235,36 @@ class Storage:
             return []
         return [str(path).rstrip("/") for path in found]
 
-    def _upload(self, name: str, fill: Callable[[str], object], target: str, temporary: str) -> None:
-        renames = getattr(self._filesystem, "atomic_renames", False)
+    def _upload(
+        self,
+        name: str,
+        fill: Callable[[str], object],
+        before_commit: Callable[[], object],
+        target: str,
+        temporary: str,
+    ) -> None:
         with self._cache.staging() as path:
             with in_sentences(self._cache.folder):
                 fill(path)
             is_directory = os.path.isdir(path)
             put = self._filesystem.put if is_directory else self._filesystem.put_file
             options = {"recursive": True} if is_directory else {}
-            with self._in_sentences():
-                if renames:
-                    try:
+            if self.has_renames:
+                try:
+                    with self._in_sentences():
                         put(path, temporary, **options)
+                    before_commit()
+                    with self._in_sentences():
                         self._filesystem.mv(temporary, target)
-                    except BaseException:
-                        with suppress(Exception):
-                            self._filesystem.rm(temporary, recursive=True)
-                        raise
-                else:
-                    if is_directory:
-                        self.delete(name)  # put would place it inside the old directory
+                except BaseException:
+                    with suppress(Exception):
+                        self._filesystem.rm(temporary, recursive=True)
+                    raise
+            else:
+                before_commit()
+                if is_directory:
+                    self.delete(name)  # put would place it inside the old directory
+                with self._in_sentences():
                     put(path, target, **options)
         self.forget(name)
 

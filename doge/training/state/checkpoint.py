@@ -3,11 +3,15 @@
 A checkpoint is a directory ``step-00000042`` that holds the tensors as safetensors, what else the run must remember as
 JSON, and a manifest with every file's checksum. It appears by one rename; one whose manifest does not hold is never
 read, and the one before it is taken.
+
+An object store has no renames. There the files of every attempt lie in a folder of their own below the checkpoint's, so
+that those of two writers never mix, and the manifest, which comes last and alone, names them.
 """
 
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -52,6 +56,7 @@ class Checkpoints:
         self._changed = threading.Condition()
         self._next: _Order | None = None  # to be written as soon as the writer is free
         self._writing: _Order | None = None
+        self._warned = False  # that a second writer is not refused
         self._trouble: Exception | None = None  # why the storage fails, while it does
         self._error: BaseException | None = None  # what ended the writing, until it is raised
 
@@ -72,8 +77,9 @@ class Checkpoints:
         that, or where the storage fails, the state waits for its turn and replaces one that waited.
 
         ``before_write`` runs in the writing thread before the storage is touched, and ``before_commit`` just before
-        the checkpoint appears. Where one of them raises Superseded, the state is dropped without a word. What else
-        they raise, other than a StorageError, ends the writing, and is raised here, by ``check`` or ``wait``, once.
+        the checkpoint appears, when all its files are where they belong. Where one of them raises Superseded, the state
+        is dropped without a word. What else they raise, other than a StorageError, ends the writing, and is raised
+        here, by ``check`` or ``wait``, once.
         """
         with self._changed:
             if self._trouble is None:
@@ -188,25 +194,56 @@ class Checkpoints:
             self._say(message)
 
     def _write(self, order: "_Order") -> None:
-        state = order.state
+        step = order.state.step
         order.check(order.before_write)
-
-        def fill(directory: str) -> None:
-            folder = Path(directory)
-            folder.mkdir()
-            save_file(state.parameters, folder / f"{_PARAMETERS}.safetensors")
-            for moment in MOMENTS:
-                save_file(state.moments[moment], folder / f"{moment}.safetensors")
-            (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": order.position.to_dict()}, indent=1))
-            checksums = {file.name: sha256(str(file)) for file in sorted(folder.iterdir())}
-            (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
-            order.check(order.before_commit)
-
         self.storage.sweep()
-        self.storage.write(_name(state.step), fill)
+        if self.storage.has_renames:
+            self.storage.write(_name(step), order.fill, lambda: order.check(order.before_commit))
+        else:
+            self._upload(order)
         with suppress(StorageError, OSError):  # they go with the next one
-            for step in self._outlived(state.step):
-                self.storage.delete(_name(step))
+            for outlived in self._outlived(step):
+                self.storage.delete(_name(outlived))
+
+    def _upload(self, order: "_Order") -> None:
+        """Write a checkpoint where there are no renames."""
+        directory = self.storage / _name(order.state.step)
+        before = _read_manifest(directory)  # of a damaged checkpoint, say
+        folder, files = uuid.uuid4().hex[:16], {}
+
+        def fill(path: str) -> None:
+            order.fill(path)
+            manifest = Path(path, _MANIFEST)
+            files.update(json.loads(manifest.read_bytes()))
+            manifest.unlink()
+
+        try:
+            directory.write(folder, fill)
+            order.check(order.before_commit)
+            if before is not None and _read_manifest(directory) != before:
+                raise Superseded
+            manifest = json.dumps({f"{folder}/{name}": checksum for name, checksum in files.items()}, indent=1).encode()
+        except BaseException:
+            with suppress(Exception):
+                directory.delete(folder)
+            raise
+        if before is not None:
+            directory.write_bytes(_MANIFEST, manifest)
+            return
+        try:
+            refuses = directory.create(_MANIFEST, manifest)
+        except FileExistsError:  # another writer's, or ours whose answer was lost
+            if _read_manifest(directory) == manifest:
+                return
+            with suppress(Exception):
+                directory.delete(folder)
+            raise Superseded from None
+        if not refuses and not self._warned:
+            self._warned = True
+            self._tell(
+                f"The storage {self.storage.root} cannot refuse a second writer of a checkpoint: end a process of this "
+                "run that was stopped, instead of letting it go on."
+            )
 
     def _outlived(self, newest: int) -> list[int]:
         """Steps up to the newest whose directories may go: torn ones, and all but the newest whole ones."""
@@ -222,6 +259,17 @@ class _Order:
     before_commit: Callable[[], None]
     before_write: Callable[[], None]
     refused: bool = False  # by one of them
+
+    def fill(self, directory: str) -> None:
+        """Write the checkpoint's files."""
+        folder, state = Path(directory), self.state
+        folder.mkdir()
+        save_file(state.parameters, folder / f"{_PARAMETERS}.safetensors")
+        for moment in MOMENTS:
+            save_file(state.moments[moment], folder / f"{moment}.safetensors")
+        (folder / _STATE).write_text(json.dumps({"step": state.step, "memory": self.position.to_dict()}, indent=1))
+        checksums = {file.name: sha256(str(file)) for file in sorted(folder.iterdir())}
+        (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1))
 
     def check(self, whether: Callable[[], None]) -> None:
         try:
@@ -252,9 +300,10 @@ def load_checkpoint(storage: Storage) -> Checkpoint:
 
     def read(name: str, load: Callable[[str], Loaded]) -> Loaded:
         """Load a file; a copy in the cache that is damaged, or of an earlier file, is fetched again."""
+        stored, checksum = files[name]
         for again in (False, True):
-            with storage.reading(name, again) as path:
-                if sha256(path) == checksums[name]:
+            with storage.reading(stored, again) as path:
+                if sha256(path) == checksum:
                     return load(path)  # out of the page cache, right after hashing
             if storage.is_local:
                 break
@@ -262,14 +311,22 @@ def load_checkpoint(storage: Storage) -> Checkpoint:
 
     try:
         checksums = json.loads(storage.read_bytes(_MANIFEST))
+        files = {stored.rpartition("/")[2]: (stored, checksum) for stored, checksum in checksums.items()}
         values = json.loads(read(_STATE, lambda path: Path(path).read_bytes()))
         step, position = values["step"], RunPosition.from_dict(values["memory"])
         with ThreadPoolExecutor(len(MOMENTS) + 1) as pool:
-            files = [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)]
-            parameters, *moments = pool.map(lambda name: read(name, load_file), files)
+            names = [f"{name}.safetensors" for name in (_PARAMETERS, *MOMENTS)]
+            parameters, *moments = pool.map(lambda name: read(name, load_file), names)
     except (FileNotFoundError, ValueError, KeyError, SafetensorError):
         raise damaged from None
     return TrainState(step, parameters, dict(zip(MOMENTS, moments, strict=True))), position
+
+
+def _read_manifest(checkpoint: Storage) -> bytes | None:
+    try:
+        return checkpoint.read_bytes(_MANIFEST)
+    except FileNotFoundError:
+        return None
 
 
 def _reason(error: Exception) -> str:
