@@ -37,13 +37,13 @@ from doge.training.warm_up import warm_up
 class OpenFeeds:
     """The feeds of a training, each opened once in this process."""
 
-    def __init__(self, storage: Storage, on_wait: Callable[[str], None]):
-        self._storage, self._on_wait = storage, on_wait
+    def __init__(self, storage: Storage, on_wait: Callable[[str], None], on_trouble: Callable[[str], None]):
+        self._storage, self._on_wait, self._on_trouble = storage, on_wait, on_trouble
         self._open: dict[FeedConfig, Feed[Any]] = {}
 
     def open(self, config: FeedConfig) -> Feed[Any]:
         if config not in self._open:
-            self._open[config] = config.open(self._storage, self._on_wait)
+            self._open[config] = config.open(self._storage, self._on_wait, self._on_trouble)
         return self._open[config]
 
 
@@ -64,7 +64,7 @@ class TrainingWorkload:
         self.reporter = Reporter(
             host, node, _clock_offset(job.board), Outbox(lambda events: job.board.post.remote(*events))
         )
-        self.feeds = OpenFeeds(job.storage, self._wait_message)
+        self.feeds = OpenFeeds(job.storage, self._wait_message, self.say)
         for phase in self.settings.phases:
             self.feeds.open(phase.feed)
         self.checkpoints = Checkpoints(
@@ -275,7 +275,7 @@ class TrainingWorkload:
         if reason := ray.get(self.job.board.stopped.remote()):
             raise UserError(reason)
         self._moves += 1
-        if self._loop is not None and self._loop.rank == 0:
+        if message and self._loop is not None and self._loop.rank == 0:
             self.say(message)
 
 

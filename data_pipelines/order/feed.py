@@ -2,7 +2,7 @@
 
 A *unit* is what is numbered, shared out and counted: here a packed sequence, elsewhere a pair or a prompt.
 
-    feed = PackedSequencesConfig(plan.fingerprint).open(storage, print)
+    feed = PackedSequencesConfig(plan.fingerprint).open(storage, print, print)
     for units in feed.prefetch((start, stop) for each step):
         ...
 """
@@ -64,12 +64,14 @@ class FeedConfig(Protocol):
     def fingerprint(self) -> str:
         """Names the feed in a checkpoint: another one means other units."""
 
-    def open(self, storage: Storage, on_wait: Callable[[str], None]) -> Feed[Units]:
+    def open(self, storage: Storage, on_wait: Callable[[str], None], on_trouble: Callable[[str], None]) -> Feed[Units]:
         """Open the feed.
 
         Args:
             storage: root of everything durable.
-            on_wait: called with a sentence when a unit is not prepared yet, and again while the wait lasts.
+            on_wait: called with a sentence when a unit is not prepared yet, and at least every 30 s while a wait lasts,
+                with an empty one where there is nothing new to say.
+            on_trouble: called with a sentence when this machine cannot read the storage, and when it can again.
 
         Raises:
             UserError: the storage does not hold this feed.

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.feed import ReadAhead
 from data_pipelines.order.order import NotReady, Sample
+from data_pipelines.order.patience import Patience
 from data_pipelines.order.plan import load_plan
 from data_pipelines.tokenizing.packing import model_inputs
 from data_pipelines.tokenizing.shards import Damaged, OpenShard, open_shard, shard_name
@@ -65,9 +66,11 @@ class PackedSequencesConfig:
     fingerprint: str
     held_out: bool = False
 
-    def open(self, storage: Storage, on_wait: Callable[[str], None]) -> "PackedSequences":
+    def open(
+        self, storage: Storage, on_wait: Callable[[str], None], on_trouble: Callable[[str], None]
+    ) -> "PackedSequences":
         """Open the feed. Raises UserError when the storage holds no such plan."""
-        return PackedSequences(storage, self.fingerprint, self.held_out, on_wait)
+        return PackedSequences(storage, self.fingerprint, self.held_out, on_wait, on_trouble)
 
 
 class PackedSequences:
@@ -77,8 +80,9 @@ class PackedSequences:
         storage: holds the plan and the shards; a remote one is read through its local cache.
         plan_fingerprint: names the committed plan.
         held_out: read the held-out sequences instead of the training ones.
-        on_wait: called with a sentence when a sequence is not prepared yet, and every 30 s until it is. Logs by
-            default.
+        on_wait: called with a sentence when a sequence is not prepared yet, and every 30 s until it is; with an empty
+            one before every new attempt to read a storage that is away. Logs by default.
+        on_trouble: called with a sentence when the storage cannot be read, and when it can again. Logs by default.
         poll_seconds: time between two looks for a shard that is not prepared yet.
 
     Raises:
@@ -90,13 +94,15 @@ class PackedSequences:
         storage: Storage,
         plan_fingerprint: str,
         held_out: bool = False,
-        on_wait: Callable[[str], None] = _log.warning,
+        on_wait: Callable[[str], None] = lambda message: _log.warning(message) if message else None,
+        on_trouble: Callable[[str], None] = _log.warning,
         poll_seconds: float = 0.5,
     ):
         self.plan = load_plan(storage, plan_fingerprint)
         self.fingerprint = f"{plan_fingerprint}-held-out" if held_out else plan_fingerprint
         self.length = self.plan.recipe.held_out_sequences if held_out else None
         self._storage, self._on_wait, self._poll = storage, on_wait, poll_seconds
+        self._patience = Patience(lambda: on_wait(""), on_trouble)
         self._catalog = Catalog(self.plan, storage)
         order = self.plan.order(self._catalog)
         self._find: Callable[[int], Sample] = order.held_out if held_out else order.training
@@ -104,10 +110,11 @@ class PackedSequences:
         self._lock = threading.RLock()
 
     def read(self, start: int, stop: int) -> Sequences:
-        """Read the sequences ``[start, stop)`` and wait for those that are not prepared yet.
+        """Read the sequences ``[start, stop)`` and wait for those that are not prepared yet, or a storage that is away.
 
         Raises:
             UserError: the preparation failed, or a damaged shard cannot be made again.
+            StorageError: the storage was away for ten minutes.
             IndexError: there are fewer held-out sequences.
         """
         return self._read(start, stop, threading.Event())
@@ -128,23 +135,26 @@ class PackedSequences:
             if sample is None:
                 break
             samples.append(sample)
-        return self._load(samples)
+        return self._load(samples, stopped)
 
     def _wait_for(self, index: int, stopped: threading.Event) -> Sample | None:
         """The sample of ``index`` as soon as it is known; None if ``stopped`` is set before."""
         started, told = time.monotonic(), -MESSAGE_INTERVAL
         while not stopped.is_set():
             try:
-                with self._lock:
-                    return self._find(index)
+                return self._patience.read(lambda: self._sample(index), stopped)
             except NotReady as missing:
-                self._raise_failure()
+                self._patience.read(self._raise_failure, stopped)
                 waited = time.monotonic() - started
                 if waited - told >= MESSAGE_INTERVAL:
                     told = waited
                     self._on_wait(f"Waiting for data: {missing} ({waited:.0f} s so far).")
                 stopped.wait(self._poll)
         return None
+
+    def _sample(self, index: int) -> Sample:
+        with self._lock:
+            return self._find(index)
 
     def _raise_failure(self) -> None:
         try:
@@ -153,31 +163,31 @@ class PackedSequences:
             return
         raise UserError(message)
 
-    def _load(self, samples: list[Sample]) -> Sequences:
+    def _load(self, samples: list[Sample], stopped: threading.Event) -> Sequences:
         width = self.plan.recipe.sequence_length
         tokens = np.empty((len(samples), width), np.int64)
         trained = np.ones((len(samples), width), np.uint8)
         lengths = np.empty(len(samples), np.int64)
         starts = []
-        with self._lock:
-            for at, sample in enumerate(samples):
-                shard = self._shard(sample.source, sample.file, sample.part)
-                tokens[at], starts_of_row, lengths[at], trained_of_row = shard.row(sample.row)
-                if trained_of_row is not None:
-                    trained[at] = trained_of_row
-                starts.append(starts_of_row)
+        for at, sample in enumerate(samples):
+            shard = self._patience.read(partial(self._shard, *sample[:3]), stopped)
+            tokens[at], starts_of_row, lengths[at], trained_of_row = shard.row(sample.row)
+            if trained_of_row is not None:
+                trained[at] = trained_of_row
+            starts.append(starts_of_row)
         return Sequences(tokens, *model_inputs(tokens, starts, lengths, trained), samples)
 
     def _shard(self, source: str, file: int, part: int) -> OpenShard:
         address = (source, file, part)
-        shard = self._shards.get(address)
-        if shard is None:
-            shard = self._shards[address] = self._open(*address)
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        else:
-            self._shards.move_to_end(address)
-        return shard
+        with self._lock:
+            shard = self._shards.get(address)
+            if shard is None:
+                shard = self._shards[address] = self._open(*address)
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)
+            else:
+                self._shards.move_to_end(address)
+            return shard
 
     def _open(self, source: str, file: int, part: int) -> OpenShard:
         """Open a committed shard; a damaged copy is fetched again, a damaged original made again."""

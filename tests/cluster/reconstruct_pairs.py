@@ -53,7 +53,7 @@ class PairFeed:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name.encode()).hexdigest()
 
-    def open(self, storage, on_wait) -> "PairFeed":
+    def open(self, storage, on_wait, on_trouble) -> "PairFeed":
         return self
 
     def pair(self, unit: int) -> Pair:

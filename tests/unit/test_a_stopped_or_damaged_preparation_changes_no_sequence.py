@@ -278,7 +278,7 @@ def test_prefetching_gives_the_same_batches_and_ends_its_thread(complete):
 def test_a_feed_opens_anywhere_from_its_config_and_gives_parts_of_what_it_read(complete):
     storage, plan, batch = complete
     training, held_out = (
-        pickle.loads(pickle.dumps(PackedSequencesConfig(plan.fingerprint, part))).open(storage, print)
+        pickle.loads(pickle.dumps(PackedSequencesConfig(plan.fingerprint, part))).open(storage, print, print)
         for part in (False, True)
     )
     assert (training.fingerprint, training.length) == (plan.fingerprint, None)

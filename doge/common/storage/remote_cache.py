@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 from doge.common.errors import UserError
 from doge.common.storage.local_files import PARTIAL, remove
-from doge.common.storage.sentences import StorageError, in_sentences
+from doge.common.storage.sentences import CacheError, in_sentences
 
 _COPIES = "copies"
 
@@ -44,7 +44,7 @@ class RemoteCache:
         """The path of a copy, which nobody evicts inside.
 
         Where there is none, one process calls ``fetch(path)`` while the others that want it wait. ``again`` replaces a
-        copy that turned out to be damaged. Raises StorageError if the cache cannot be used.
+        copy that turned out to be damaged. Raises CacheError if the cache cannot be used.
         """
         path = self.path(address)
         lock = None if again else self._use(path)
@@ -76,7 +76,7 @@ class RemoteCache:
     def staging(self, name: str = "") -> Iterator[str]:
         """A path in the cache to make a file at, locked while in use; removes what dead writers left.
 
-        Raises StorageError if the cache cannot be used.
+        Raises CacheError if the cache cannot be used.
 
         Args:
             name: of the work, which one process at a time does; by default it is nobody else's.
@@ -190,11 +190,11 @@ def _remove_abandoned(folder: str) -> None:
 
 
 def private_cache() -> str:
-    """Create and return the default cache. Raises StorageError if it belongs to another user, who could plant files."""
+    """Create and return the default cache. Raises CacheError if it belongs to another user, who could plant files."""
     path = default_cache()
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.lstat(path).st_uid != os.getuid():
-        raise StorageError(f"The cache directory {path} belongs to another user: set DOGE_CACHE to one of your own.")
+        raise CacheError(f"The cache directory {path} belongs to another user: set DOGE_CACHE to one of your own.")
     return path
 
 

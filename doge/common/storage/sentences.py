@@ -18,6 +18,10 @@ class StorageError(MachineError):
     """The storage cannot be used now: full, unreachable, vanished, or forbidden; trying again may help."""
 
 
+class CacheError(StorageError):
+    """This machine's cache directory cannot be used: another machine has its own."""
+
+
 @contextmanager
 def in_sentences(place: str, root: str | None = None, remote: bool = False) -> Iterator[None]:
     """Turn file-system errors into StorageErrors; other errors, and FileNotFoundError, pass unchanged.
@@ -35,14 +39,19 @@ def in_sentences(place: str, root: str | None = None, remote: bool = False) -> I
     except Exception as error:
         number = _error_number(error)
         if number in _FULL_DISK:
-            raise StorageError(
+            kind = StorageError if place == root else CacheError
+            raise kind(
                 f"The disk that holds {place} is full: free some space and run the same command again; "
                 "everything committed so far is kept."
             ) from error
         if number in _UNUSABLE or isinstance(error, PermissionError):  # s3fs raises one without a number
-            what = "storage" if place == root else "cache directory"
-            raise StorageError(
-                f"The {what} {place} cannot be used ({error}): choose one that you may read and write."
+            named = str(getattr(error, "filename", None) or "")
+            if root is not None and (place == root or not named.startswith(place)):
+                raise StorageError(
+                    f"The storage {root} cannot be used ({error}): choose one that you may read and write."
+                ) from error
+            raise CacheError(
+                f"The cache directory {place} cannot be used ({error}): choose one that you may read and write."
             ) from error
         foreign = remote and not isinstance(error, FileNotFoundError)
         if root is not None and (foreign or number in _UNREACHABLE):
