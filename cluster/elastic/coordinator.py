@@ -223,6 +223,8 @@ class Coordinator:
 def host_failure(host: str, error: ray.exceptions.RayError) -> HostFailed:
     """What a failed call says of its host, such as that it cannot start on a node that is gone."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.RaySystemError) and isinstance(cause.client_exc, Exception):
+        cause = cause.client_exc  # from unpickling what the host was sent
     return HostFailed(
         host,
         error=type(cause).__name__,

@@ -13,7 +13,7 @@ from cluster.elastic.events import Message
 from cluster.elastic.membership import HostInfo, Membership, Offer, Outcome, Seat, StateId
 from cluster.elastic.workload import Beat, Stage
 from cluster.machines.scaling import ScalingRecipe
-from doge.common.errors import UserError
+from doge.common.errors import MachineError, UserError
 from doge.common.storage import StorageError
 
 
@@ -159,6 +159,13 @@ def test_an_error_of_the_coordinator_itself_ends_the_run_with_its_reason(hosts, 
         (ray.exceptions.RayTaskError("prepare", "", OSError("No  space\nleft")), {"sentence": "No space left"}),
         (ray.exceptions.RayTaskError("prepare", "", UserError("No coffee.")), {"user_error": True}),
         (ray.exceptions.RayTaskError("prepare", "", StorageError("No answer.")), {"user_error": False}),
+        (
+            ray.exceptions.RayTaskError(
+                "prepare", "", ray.exceptions.RaySystemError(MachineError("Install it."), "at 1")
+            ),
+            {"error": "MachineError", "sentence": "Install it.", "user_error": False},
+        ),
+        (ray.exceptions.RaySystemError("lost"), {"error": "RaySystemError", "sentence": "System error: lost"}),
         (ray.exceptions.ActorUnschedulableError("The node is gone."), {"died": False}),
     ],
 )
