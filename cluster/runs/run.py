@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class Run:
         board = self._board = BoardActor()
         job = make_job(board.handle)  # held until the end: what it shares lasts as long as it is referenced here
         coordinator = open_coordinator(name, job, self.config.scaling)
-        attempt = f"{name}-{int(time.time())}"
+        attempt = f"{name}-{uuid.uuid4().hex[:8]}"
         trainer = SeatTrainer(take_seat, coordinator, seats, attempt, storage.path("ray_train"))
         over = threading.Event()
         helper = threading.Thread(target=beside, args=(board, over), daemon=True)
