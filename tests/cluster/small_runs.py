@@ -7,7 +7,7 @@ from cluster.runs.recipe import Recipe
 from doge.common.config_tree import from_dict
 from doge.common.storage import Storage
 
-STEPS = 80
+STEPS = 120
 
 
 def hosts(run: str = "small") -> list[dict]:
