@@ -383,7 +383,8 @@ def test_the_newest_state_is_committed_wherever_a_run_ends_and_nobody_trains():
         (0.0, {}, True),  # of a first step nobody knows how long it takes
         (79.0, {"held": None}, False),  # the state is partitioned, or an update is half made
         (79.0, {"held": StateId(2, 1)}, False),
-        (79.0, {"stage": Stage.BETWEEN}, False),  # a checkpoint is being handed over, or an evaluation runs
+        (79.0, {"stage": Stage.BETWEEN}, True),  # an evaluation is made later
+        (79.0, {"stage": Stage.BUILDING}, False),
     ],
 )
 @pytest.mark.parametrize("why", ["drain", "interruption"])
@@ -409,11 +410,23 @@ def test_who_has_to_go_waits_for_no_long_step(step_s, beat, hurried, why):
 def test_members_that_wait_for_the_end_of_a_step_are_hurried_once_their_state_is_whole():
     state = running(host("a1"), host("b1"))
     for member in state.members:
-        member.beat = Beat(Stage.BETWEEN, membership=1, step=3, step_seconds=79.0, held=StateId(3, 1))
+        member.beat = Beat(Stage.STEPPING, membership=1, step=3, step_seconds=79.0)  # an update is half made
     assert of(AskToLeave, decide(state, RunInterrupted(), 100.1))
     for member in state.members:
-        commands = decide(state, BeatHeard(member.name, replace(member.beat, stage=Stage.STEPPING)), 100.2)
+        commands = decide(state, BeatHeard(member.name, replace(member.beat, held=StateId(3, 1))), 100.2)
     assert of(Abort, [*commands, *decide(state, Tick(), 100.3)]) == [Abort("a1", 1), Abort("b1", 1)]
+
+
+def test_members_that_no_step_lets_leave_are_hurried_after_ten_seconds():
+    """They wait for data that nobody prepares, for example."""
+    state = running(host("a1"), host("b1"))
+    for member in state.members:
+        member.beat = Beat(Stage.BETWEEN, membership=1, step=3, step_seconds=1.0, held=StateId(3, 1))
+    assert not of(Abort, decide(state, RunInterrupted(), 100.1))
+    for member in state.members:
+        decide(state, BeatHeard(member.name, member.beat), 109.5)
+    assert not of(Abort, decide(state, Tick(), 110.0))
+    assert of(Abort, decide(state, Tick(), 110.2)) == [Abort("a1", 1), Abort("b1", 1)]
 
 
 def test_a_notice_while_nobody_trains_commits_the_newest_state():

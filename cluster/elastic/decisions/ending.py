@@ -19,7 +19,6 @@ from cluster.elastic.decisions.staffing import end_surplus, mark_lost, start_mis
 from cluster.elastic.decisions.watching import grace, stalled
 from cluster.elastic.events import Message
 from cluster.elastic.membership import Outcome, node_name
-from cluster.elastic.workload import Stage
 from doge.common.words import duration
 
 RECYCLES = 2  # memberships in a row that a place may break before it is left out
@@ -72,31 +71,29 @@ def _keep_fitting(known: Known, phase: Running) -> Commands:
     better = wanted(known)
     if any(host.node in known.leaving for host in phase.members):
         yield from _let_go(known, phase)
-    elif not phase.asked_to_leave and len(better) >= known.enough and _is_worth_it(known, phase, better):
+    elif phase.asked_at is None and len(better) >= known.enough and _is_worth_it(known, phase, better):
         yield from _ask_to_leave(known, phase)
 
 
 def _let_go(known: Known, phase: Running) -> Commands:
     """End a membership of which somebody has to go, whoever is left.
 
-    At the next step that all agree on, which may be the one after this; within the step where that would take long and
-    everybody's state is whole.
+    At the next step that all agree on, which may be the one after this; at once where that takes long and everybody's
+    state is whole.
     """
     seconds = max(host.beat.step_seconds for host in phase.pending) or float("inf")  # of a first step nothing is known
-    whole = all(
-        host.beat.stage is Stage.STEPPING and (host.beat.held or NOTHING).step >= host.beat.step
-        for host in phase.pending
-    )
-    if seconds > HURRY_SECONDS and whole:
+    late = phase.asked_at is not None and known.now - phase.asked_at > 2 * HURRY_SECONDS  # there may be no data, say
+    whole = all(took_up(known, host) and (host.beat.held or NOTHING).step >= host.beat.step for host in phase.pending)
+    if whole and (seconds > HURRY_SECONDS or late):
         phase.hurried, phase.aborted, phase.ended_at = True, True, known.now
         for host in phase.pending:
             yield Abort(host.name, known.number)
-    elif not phase.asked_to_leave:
+    elif phase.asked_at is None:
         yield from _ask_to_leave(known, phase)
 
 
 def _ask_to_leave(known: Known, phase: Running) -> Commands:
-    phase.asked_to_leave = True
+    phase.asked_at = known.now
     for host in phase.pending:
         yield AskToLeave(host.name, known.number)
 

@@ -160,7 +160,7 @@ class Running:
         formed_at: when it began.
         pending: members that have neither ended it nor are lost.
         at_work: whether all members have taken up the state.
-        asked_to_leave: whether the members were asked to end it.
+        asked_at: when the members were asked to end it; None before.
         ended_at: when a member was lost or failed; None while it is whole.
         stalled: whether it was ended since nothing moved in it.
         hurried: whether it was ended within a step, since somebody has to go before that would end.
@@ -174,7 +174,7 @@ class Running:
     formed_at: float = 0.0
     outcomes: dict[HostRecord, Outcome] = field(default_factory=dict)
     at_work: bool = False
-    asked_to_leave: bool = False
+    asked_at: float | None = None
     ended_at: float | None = None
     stalled: bool = False
     hurried: bool = False
