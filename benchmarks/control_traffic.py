@@ -60,7 +60,7 @@ class Worker:
         """Seconds of every step's parts."""
         from doge.training.step_result import StepResult
 
-        found = []
+        found, sums = [], torch.tensor([3.0, 1.0], dtype=torch.float64)  # the loss and the gradient norm
         for step in range(steps):
             time.sleep(STEP_SECONDS)
             self.engine.step_count = step + 1
@@ -70,7 +70,7 @@ class Worker:
             gather = time.perf_counter()
             self._meet()
             summing = time.perf_counter()
-            loss, _ = self.engine.evaluate(())  # an evaluation of nothing only sums the loss and its weight
+            loss, _ = self.engine._all_reduce(sums).tolist()
             summed = time.perf_counter()
             result = StepResult(loss, 1.0, 1.0, gathered=gathered, compute_seconds=STEP_SECONDS)
             self.telemetry.step(result, 1.0, STEP_SECONDS, 0.0, 0)

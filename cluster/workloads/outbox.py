@@ -1,4 +1,4 @@
-"""Events on their way from a host to the driver's board: those that can wait a little travel together."""
+"""Events on their way from a host to the driver's board, sent by a thread of their own: no step waits for it."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,30 +19,32 @@ class Outbox:
 
     def __init__(self, send: Callable[[Sequence[Event]], Any], wait_seconds: float = WAIT_SECONDS):
         self._send, self._seconds = send, wait_seconds
-        self._lock = threading.Lock()
         self._waiting: list[Event] = []
-        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()  # of what waits
+        self._sending = threading.Lock()  # taken first
+        self._posted, self._urgent = threading.Event(), threading.Event()
+        threading.Thread(target=self._work, name="outbox", daemon=True).start()
 
     def post(self, event: Event, urgent: bool = True) -> None:
-        """Send an event, with all that wait; or soon, with others."""
+        """Let an event be sent, with all that wait; or soon, with others."""
         with self._lock:
             self._waiting.append(event)
-            if urgent:
-                self._flush()
-            elif self._timer is None:
-                self._timer = threading.Timer(self._seconds, self.flush)
-                self._timer.daemon = True
-                self._timer.start()
+        if urgent:
+            self._urgent.set()
+        self._posted.set()
 
     def flush(self) -> None:
-        """Send all that wait."""
-        with self._lock:
-            self._flush()
+        """Send all that wait, and return when they are sent."""
+        with self._sending:
+            with self._lock:
+                events, self._waiting = self._waiting, []
+                self._urgent.clear()
+                self._posted.clear()
+            if events:
+                self._send(events)
 
-    def _flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._waiting:
-            events, self._waiting = self._waiting, []
-            self._send(events)
+    def _work(self) -> None:
+        while True:
+            self._posted.wait()
+            self._urgent.wait(self._seconds)
+            self.flush()

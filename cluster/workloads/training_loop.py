@@ -98,9 +98,8 @@ class TrainingLoop:
             self.rank, self.world_size, self.membership.address, workload.ip, workload.device, self._abandoned.is_set
         )
         # One worker that has to partition is enough; what is owed, rank 0 says.
-        common = torch.tensor([float(workload.partitions), float(self.rank == 0 and workload.owes)])
-        group.all_reduce(common)
-        partitions, self._owes = (number > 0 for number in common.tolist())
+        said = group.all_gather([float(workload.partitions), float(self.rank == 0 and workload.owes)])
+        partitions, self._owes = (any(numbers) for numbers in zip(*said, strict=True))
         joined = time.monotonic()
         workload.enter(Stage.BUILDING, "engine")
         try:

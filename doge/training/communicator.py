@@ -18,12 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from doge.training.number_exchange import NumberExchange
+
 JOIN_SECONDS = 60.0  # for all ranks to be there
 CONNECT_SECONDS = 10.0  # for the connections between ranks that are
 POLL_SECONDS = 0.01
 CHUNK = 1 << 20  # elements that are exchanged at once, so that progress is seen on a slow network too
 _FOREVER = timedelta(days=365)  # a peer that is only slow is waited for
 _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 5}  # seconds, seconds, probes
+_making = threading.Lock()  # of a device of gloo, whose address is the one that is new in this process
 
 Address = tuple[str, int]
 
@@ -40,7 +43,7 @@ def is_symptom(error: BaseException) -> bool:
 
 
 class Communicator:
-    """One rank's place in a group: NCCL between GPUs, gloo between CPUs and for numbers.
+    """One rank's place in a group: NCCL between GPUs, gloo between CPUs, and a `NumberExchange`.
 
     Args:
         rank: of this process.
@@ -71,6 +74,7 @@ class Communicator:
         self._ended = threading.Event()
         self._is_abandoned = abandoned
         self._lock = threading.Lock()  # of the end of NCCL's group
+        self._numbers: NumberExchange | None = None
         self._gloo: Any = None
         self._nccl: Any = None
         if size > 1:
@@ -95,6 +99,17 @@ class Communicator:
         for chunk in self._chunks(tensors):
             self._exchange(chunk, lambda group, chunk: group.broadcast([chunk], _root()))
 
+    def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of every rank, by rank, exactly; as many of each, at least one. Raises CommunicationError."""
+        if self.size == 1:
+            return [list(numbers)]
+        with _communication("A worker is gone"):
+            if self.ended or self._numbers is None:
+                raise CommunicationError("the group was ended")
+            found = self._numbers.all_gather(numbers)
+        self.progress += 1
+        return found
+
     def abort(self) -> None:
         """End the group at once, also for a thread of this process that waits in it. Thread-safe."""
         self._ended.set()
@@ -106,7 +121,9 @@ class Communicator:
     def close(self) -> None:
         """Leave the group; what hangs in it on a GPU is ended."""
         self._ended.set()
-        self._gloo, self.store = None, None
+        numbers, self._numbers, self._gloo, self.store = self._numbers, None, None, None
+        if numbers is not None:
+            numbers.close()
         self._abort_nccl()
 
     def _abort_nccl(self) -> None:
@@ -129,9 +146,10 @@ class Communicator:
             *address, is_master=is_first, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS)
         )
         self.store = store
-        before = set(_listening())
-        device = dist.ProcessGroupGloo.create_device(hostname=host)
-        own = next((each for each in _listening() if each not in before), (host, 0))
+        with _making:
+            before = set(_listening())
+            device = dist.ProcessGroupGloo.create_device(hostname=host)
+            own = next((each for each in _listening() if each not in before), (host, 0))
         self._addresses.add(own)
         store.set(f"address/{self.rank}", f"{own[0]} {own[1]}")
         keys = [f"address/{rank}" for rank in range(self.size)]
@@ -143,6 +161,8 @@ class Communicator:
         options._devices, options._threads, options._timeout = [device], 2, timedelta(seconds=CONNECT_SECONDS)
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
         gloo._set_default_timeout(_FOREVER)
+        self._numbers = NumberExchange(self.rank, self.size, store, host)
+        self._addresses |= self._numbers.addresses
         for connection in self._connections():
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEP_ALIVE.items():

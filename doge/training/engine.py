@@ -376,11 +376,11 @@ class Engine:
         return self.objective.loss_sum(model, batch.to(self.device))
 
     def all_gather_floats(self, numbers: Sequence[float]) -> list[list[float]]:
-        """All-gather floats from every rank; exact, because each slot is summed with zeros.
-
-        Returns:
-            The numbers of every rank, by rank.
-        """
+        """The numbers of every rank, by rank, exactly; as many of each."""
+        if self.replicas is not None:
+            with self._clock.span("wait"):
+                return self.replicas.all_gather(numbers)
+        # Each slot is summed with zeros.
         table = torch.zeros(self.world_size, len(numbers), dtype=torch.float64)
         table[self.rank] = torch.tensor(numbers, dtype=torch.float64)
         with self._clock.span("wait"):
@@ -389,9 +389,9 @@ class Engine:
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of an fp64 tensor over ranks, back on the CPU."""
         if self.replicas is not None:
-            values = values.cpu()
-            self.replicas.all_reduce(values)
-        elif self.world_size > 1:
+            table = self.replicas.all_gather(values.flatten().tolist())
+            return torch.tensor(table, dtype=torch.float64).sum(0).view(values.shape)
+        if self.world_size > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()

@@ -101,6 +101,43 @@ def test_a_rank_that_waits_for_one_that_says_nothing_is_woken_and_a_stranger_kee
         each.close()
 
 
+def test_every_rank_learns_the_numbers_of_all_exactly():
+    own = [0.1, float("inf"), -0.0, 1e-310]
+
+    def work(group):
+        first = group.all_gather([*own, float(group.rank)])
+        group.all_reduce(torch.ones(CHUNK))
+        return first, group.all_gather([float("nan")]), group.progress
+
+    for first, second, progress in together(4, work):
+        assert [[*map(str, numbers)] for numbers in first] == [[*map(str, [*own, float(rank)])] for rank in range(4)]
+        assert [[*map(str, numbers)] for numbers in second] == [["nan"]] * 4
+        assert progress == 3
+    assert Communicator(0, 1).all_gather(own) == [own]
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_who_waits_for_numbers_is_woken_whoever_is_silent(silent):
+    def work(group):
+        if group.rank == silent:
+            time.sleep(0.5)
+            return None
+        threading.Timer(0.2, group.abort).start()
+        began = time.monotonic()
+        with pytest.raises(CommunicationError, match="A worker is gone"):
+            group.all_gather([1.0])
+        return time.monotonic() - began
+
+    assert all(seconds is None or 0.1 < seconds < 3 for seconds in together(3, work))
+
+
+def test_ranks_that_give_unequally_many_numbers_are_told():
+    def work(group):
+        return group.all_gather([1.0] * (1 + group.rank))
+
+    assert all(isinstance(error, CommunicationError) for error in together(2, work))
+
+
 def test_a_rank_that_closes_wakes_the_others_at_once():
     def work(group):
         if group.rank == 2:
