@@ -132,7 +132,7 @@ class Host:
 
     @ray.method(concurrency_group="control")
     def abort(self, number: int) -> None:
-        """Make a member of membership ``number``, which has lost one, end it where it does not notice by itself."""
+        """Make a member of membership ``number`` end it where it does not by itself."""
         self._prepared.abort(number)
 
     @ray.method(concurrency_group="control")

@@ -72,7 +72,8 @@ class Recipe:
     storage: str = field(default_factory=_default_storage)
     """Root of everything durable: a directory, or a URI such as s3://bucket/doge. DOGE_HOME sets the default."""
     cache_gib: float | None = None
-    """Most GiB of each node's disk that copies of remote files may take. Default: as much as they leave free."""
+    """Most GiB of each node's disk that copies of remote files may take; one that is evicted while a worker has it open
+    goes when it is closed. Default: as much as they leave free."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)

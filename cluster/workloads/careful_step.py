@@ -48,6 +48,10 @@ def careful_step(loop: "TrainingLoop", step: int, make: Callable[[float], StepRe
     found = StepRefused(result.loss, result.grad_norm, bound)  # only where the state is partitioned, and updated
     if not found.is_spike or (result.loss > bound and settings.on_spike == "stop"):
         raise _end(loop, step, found)
+    if result.loss > bound and loop.rank == 0:
+        loop.workload.say(
+            f"In step {step + 1:,} {found}: it is not left out, for the workers hold a part of the training state each."
+        )
     _note(loop, result.loss)
     return result
 
@@ -78,8 +82,10 @@ def _end(loop: "TrainingLoop", step: int, error: StepRefused) -> UserError:
     first, steps = loop.position.next_unit, workload.checkpoints.steps()
     last = f"the last checkpoint is of step {steps[-1]:,}" if steps else "there is no checkpoint yet"
     key = "on-spike" if error.is_spike else "on-nonfinite"
+    way_out = f", or leave such sequences out with --training.{key} skip"
+    if loop.engine.replicas is None:  # where each worker holds a part of the state, they cannot be
+        way_out = ""
     return UserError(
         f"In step {step + 1:,} (sequences {first:,} to {first + loop.phase.units_per_step - 1:,}) {error}; {last}: "
-        f"start from one with a lower --optimizer.lr under another --name, or leave such sequences out with "
-        f"--training.{key} skip."
+        f"start from one with a lower --optimizer.lr under another --name{way_out}."
     )

@@ -33,7 +33,7 @@ class Evaluation:
         engine, pace = loop.engine, loop.pace
         shares = plan_shares(self.units, pace.speeds, pace.limits, engine.equal_micro_batches)
         own = shares.ranges(0)[loop.rank]
-        units = loop.feeds.open(self.feed).read(own.start, own.stop)
+        units = loop.read(self.feed, own)
         batch = loop.objective.prepare(engine.module, units, loop.seeds(own))
         loss, weight = engine.evaluate(shares.pieces(loop.rank, batch))
         if loop.rank == 0:

@@ -22,7 +22,7 @@ from cluster.workloads.pace import Pace
 from cluster.workloads.phase import due_tasks
 from cluster.workloads.shares import Shares, fit_to_costs
 from cluster.workloads.telemetry import Telemetry
-from data_pipelines.order.feed import ReadAhead
+from data_pipelines.order.feed import FeedConfig, ReadAhead
 from doge.common.hardware import use_cores
 from doge.reporting.tracing import StepTrace
 from doge.training import process_group
@@ -282,6 +282,13 @@ class TrainingLoop:
         )
         if self.workload.replica is not None:
             self.workload.replica.position = self.position
+
+    def read(self, feed: FeedConfig, units: range) -> Any:
+        """Units of a feed; a wait for them ends with the membership."""
+        found = self.feeds.open(feed).read(units.start, units.stop, self._abandoned)
+        if self._abandoned.is_set():
+            raise CommunicationError("The membership was abandoned.")
+        return found
 
     def seeds(self, units: range) -> Iterator[int]:
         """Seeds of the phase's units, the same whoever takes them."""

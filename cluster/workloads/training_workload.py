@@ -185,19 +185,21 @@ class TrainingWorkload:
 
     def commit(self) -> None:
         held = self.held
-        if held is None or held.id.membership == 0 or held.id.step in (0, self.handed_over):
+        if held is None or held.id.membership == 0 or held.id.step == 0 or self.checkpoints.has(held.id.step):
             return
         with suppress(StorageError):  # the writing waits for the storage
             if held.id.step in self.checkpoints.steps():
                 return
         self.enter(Stage.IDLE, "commit", held.id.step)
+        with suppress(Exception):  # what ended an earlier attempt: this is another one
+            self.checkpoints.check()
         self.save(*held.checkpoint(), held.id.membership)
 
     def save(self, state: TrainState, position: RunPosition, membership: int) -> RunPosition:
         """Let a state be written that will not change; returns where the checkpoint stands."""
         position = self.settings.position_to_commit(position, state.step)
-        self.handed_over = state.step
         self.checkpoints.save(state, position, partial(self.settle, membership), partial(self.check_epoch, membership))
+        self.handed_over = state.step
         return position
 
     def flush(self) -> None:

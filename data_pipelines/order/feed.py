@@ -43,8 +43,10 @@ class Feed(Protocol[UnitsT]):
     def length(self) -> int | None:
         """The number of units; None for a feed that repeats its data without end."""
 
-    def read(self, start: int, stop: int) -> UnitsT:
+    def read(self, start: int, stop: int, stopped: threading.Event | None = None) -> UnitsT:
         """Read the units ``[start, stop)`` and wait for those that are not prepared yet.
+
+        Where ``stopped`` is set meanwhile, the wait ends, and units may be missing.
 
         Raises:
             UserError: the units can never be read.

@@ -109,15 +109,17 @@ class PackedSequences:
         self._shards: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
         self._lock = threading.RLock()
 
-    def read(self, start: int, stop: int) -> Sequences:
+    def read(self, start: int, stop: int, stopped: threading.Event | None = None) -> Sequences:
         """Read the sequences ``[start, stop)`` and wait for those that are not prepared yet, or a storage that is away.
+
+        Where ``stopped`` is set meanwhile, the wait ends, and sequences may be missing.
 
         Raises:
             UserError: the preparation failed, or a damaged shard cannot be made again.
             StorageError: the storage was away for ten minutes.
             IndexError: there are fewer held-out sequences.
         """
-        return self._read(start, stop, threading.Event())
+        return self._read(start, stop, stopped or threading.Event())
 
     def prefetch(self, ranges: Iterable[tuple[int, int]], depth: int = 2) -> ReadAhead[Sequences]:
         """Read each range in turn in a background thread, up to ``depth`` ranges ahead."""

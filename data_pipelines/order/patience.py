@@ -48,6 +48,8 @@ class Patience:
                 self._note_failure(error)
                 self._on_attempt()
                 if time.monotonic() + pause > deadline or stopped.wait(pause):
+                    with self._lock:
+                        self._failing_since = None  # another read tells of it anew
                     raise
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)
             else:

@@ -47,6 +47,8 @@ class TrainingSimulation(Simulation):
         self.committed: list[int] = []  # in the order in which they were published
         self.starts: list[tuple[int, int, int]] = []  # (from step, committed, held) of every membership
         self.woken: dict[str, float] = {}  # when a host that was stopped went on, by its name
+        self.notices: list[tuple[int, int]] = []  # (newest step on a node that went after a notice, newest elsewhere)
+        self.trouble_until = 0.0  # of the storage
         self.publisher = 0  # the latest membership that did
         self.made: dict[int, set[int]] = {}  # step → memberships that made it
         self.cut: set[str] = set()
@@ -94,6 +96,7 @@ class TrainingSimulation(Simulation):
 
         def gone() -> None:
             self.dead.add(node)
+            self._note_loss(node)
             for host in [host for host in self.hosts.values() if host.node == node and not host.dead]:
                 self.kill(host)
 
@@ -112,11 +115,13 @@ class TrainingSimulation(Simulation):
 
     def slow_storage(self, seconds: float, each: float) -> None:
         self.storage_s = each
+        self.trouble_until = max(self.trouble_until, self.now + seconds + each)
         self.later(seconds, lambda: setattr(self, "storage_s", 0.2))
 
     def full_storage(self, seconds: float) -> None:
         """It neither takes nor gives anything for a while."""
         self.storage_trouble = "The disk is full."
+        self.trouble_until = max(self.trouble_until, self.now + seconds)
         self.later(seconds, lambda: setattr(self, "storage_trouble", ""))
 
     # ---------------------------------------------------------------- how they train
@@ -134,12 +139,28 @@ class TrainingSimulation(Simulation):
                 if host.held is None or (newest is not None and newest.step > host.held.step):
                     host.held = newest
                 self._answer(host, Offered(name, host.held, self.storage_trouble, copied=True))
+            case commands.Commit(name):
+                host = self.hosts[name]
+                if host.held is not None and host.held.membership > 0:
+                    self._commit(host, host.held.step, host.held.membership)
             case commands.AskToLeave(name):
                 membership = self.hosts[name].membership
                 if membership is not None:
                     self.groups[membership.number].leaving = True
             case _:
                 super()._carry_out(command)
+
+    def _note_loss(self, node: str) -> None:
+        """Note the newest step that goes with a node, and the newest that is committed or held elsewhere.
+
+        Who was stopped, or had lost its machine's storage a while ago, could not commit.
+        """
+        awake = [host for host in self.hosts.values() if not host.dead and not host.silent and host.moves and host.held]
+        awake = [host for host in awake if self.now - self.woken.get(host.name, 0.0) > 20]
+        own = max((host.held.step for host in awake if host.node == node), default=0)
+        elsewhere = max((host.held.step for host in awake if host.node != node), default=0)
+        if self.now - self.trouble_until > 20:
+            self.notices.append((own, max([0, elsewhere, *self.committed])))
 
     def _note_start(self, membership: Membership) -> None:
         """Note what a membership starts from, and the newest that there was, but for hosts that hang or just woke."""
@@ -200,6 +221,8 @@ class TrainingSimulation(Simulation):
                 self.end(host, group.trouble if own else Outcome("broken", host.step, "Connection closed by peer"))
             return
         group.step += 1
+        for host in hosts:
+            host.step_s = self.step_seconds(group)
         self.made.setdefault(group.step, set()).add(number)
         for host in hosts:
             host.step, host.held = group.step, StateId(group.step, number)
@@ -281,7 +304,7 @@ def befall(run: TrainingSimulation, chance: random.Random) -> str:
         run.full_storage(chance.uniform(2, 20))
     elif kind in ("own error", "unable"):
         run.trouble("failed" if kind == "own error" else "unable")
-    elif kind in ("cut", "drain", "power") and len(nodes) > 1:
+    elif kind in ("cut", "drain", "power") and len(nodes) > (kind != "drain"):
         node = chance.choice(nodes)
         {"cut": lambda: run.cut_link(node, chance.uniform(2, 40)), "drain": lambda: run.drain(node),
          "power": lambda: run.lose_node(node)}[kind]()  # fmt: skip

@@ -18,6 +18,7 @@ from cluster.workloads.outbox import Outbox
 from cluster.workloads.training_loop import TrainingLoop
 from cluster.workloads.training_workload import TrainingWorkload
 from data_pipelines.order.feed import ReadAhead
+from doge.common.errors import UserError
 from doge.common.hardware import device_trouble
 from doge.common.machine import ASIDE, process_start
 from doge.common.storage import StorageError
@@ -103,29 +104,32 @@ def test_a_word_to_leave_is_for_one_membership_also_where_it_comes_before_that_b
 
 
 @pytest.mark.parametrize(
-    ("held", "handed_over", "there", "written"),
+    ("held", "own", "there", "written"),
     [
         (StateId(7, 2), 5, [5], True),
         (StateId(7, 2), 7, [5], False),  # this host gave it to be written before
-        (StateId(7, 2), -1, [5, 7], False),  # another did
-        (StateId(7, 0), -1, [7], False),  # it comes from there
-        (StateId(0, 1), -1, [], False),  # nothing was learnt yet
-        (None, -1, [5], False),
+        (StateId(7, 2), None, [5, 7], False),  # another did
+        (StateId(7, 0), None, [7], False),  # it comes from there
+        (StateId(0, 1), None, [], False),  # nothing was learnt yet
+        (None, None, [5], False),
         (StateId(7, 2), 5, StorageError("The disk is full."), True),  # the writer tries on
     ],
 )
-def test_a_host_commits_what_it_holds_where_nobody_did(held, handed_over, there, written):
+def test_a_host_commits_what_it_holds_where_nobody_did(held, own, there, written):
     workload, saved = object.__new__(TrainingWorkload), []
     position = RunPosition("feed", "tokenizer", next_unit=56)
     workload.kept = held and Held(held, position, lambda: ("state", position))
-    workload.replica, workload.handed_over, workload._moves = None, handed_over, 0
+    workload.replica, workload._moves = None, 0
 
     def steps() -> list[int]:
         if isinstance(there, Exception):
             raise there
         return there
 
-    workload.checkpoints = SimpleNamespace(steps=steps)
+    def check() -> None:
+        raise UserError("An earlier one could not be recorded.")
+
+    workload.checkpoints = SimpleNamespace(steps=steps, check=check, has=lambda step: step == own)
     workload.save = lambda *arguments: saved.append(arguments)
     workload.commit()
     assert saved == ([("state", position, 2)] if written else [])

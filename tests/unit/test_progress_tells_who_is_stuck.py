@@ -46,7 +46,8 @@ HANG = ScalingRecipe().hang_timeout_s
         (Beat(Stage.BUILDING), (), BUILD_SECONDS),
         (Beat(Stage.STEPPING), (), HANG),
         (Beat(Stage.STEPPING, step_seconds=100.0), (), 300.0),
-        (Beat(Stage.STEPPING), ("0",), KILL_SECONDS),
+        (Beat(Stage.STEPPING), ("0",), HANG),  # a first step may compile
+        (Beat(Stage.STEPPING, step_seconds=1.0), ("0",), KILL_SECONDS),
         (Beat(Stage.STEPPING, step_seconds=10.0), ("0",), 30.0),
         (Beat(Stage.BETWEEN), ("0",), HANG),
         (Beat(Stage.JOINING), (), HANG),

@@ -5,13 +5,16 @@ import random
 import pytest
 from simulated_training import TrainingSimulation, befall
 
+from cluster.elastic.decisions.commands import Commit
+
 STEPS, SAVE_STEPS = 80, 10
 
 
 def misfortunes(seed: int) -> tuple[TrainingSimulation, list[str]]:
     """A run that ends, with something befalling it every few seconds until late."""
     chance = random.Random(seed)
-    run = TrainingSimulation("abcd"[: chance.randrange(2, 5)], STEPS, SAVE_STEPS, max_failures=-1, start_s=5.0)
+    nodes, step_s = "abcd"[: chance.randrange(1, 5)], chance.choice([1.0, 1.0, 12.0])
+    run = TrainingSimulation(nodes, STEPS, SAVE_STEPS, step_s, max_failures=-1, start_s=5.0)
     told: list[str] = []
 
     def next_one() -> None:
@@ -33,6 +36,8 @@ def test_every_run_ends_with_every_step_made_and_every_commit_once(seed):
     assert sorted(run.made) == list(range(1, STEPS + 1))
     assert run.committed == sorted(set(run.committed))
     assert run.committed[-1] == STEPS
+    for lost, left in run.notices:  # half a minute is enough for what was made before the notice
+        assert lost <= left
     for start, committed, held in run.starts:  # what is committed, or held by one that can be reached, is not lost
         assert start >= max(committed, held)
 
@@ -44,3 +49,5 @@ def test_the_schedules_are_hard_enough():
     assert any(len(memberships) > 1 for run in runs for memberships in run.made.values())
     assert any("interrupted" in message for run in runs for message in run.messages())
     assert any(start == 0 for run in runs for start, _, _ in run.starts[1:])
+    assert any(command for run in runs for _, command in run.done if isinstance(command, Commit))
+    assert any(run.notices for run in runs)

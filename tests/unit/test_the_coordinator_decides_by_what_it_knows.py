@@ -385,6 +385,7 @@ def test_the_newest_state_is_committed_wherever_a_run_ends_and_nobody_trains():
         (79.0, {"held": StateId(2, 1)}, False),
         (79.0, {"stage": Stage.BETWEEN}, True),  # an evaluation is made later
         (79.0, {"stage": Stage.BUILDING}, False),
+        (79.0, {"stage": Stage.BETWEEN, "activity": "commit"}, False),  # it would be written no more
     ],
 )
 @pytest.mark.parametrize("why", ["drain", "interruption"])
@@ -400,9 +401,9 @@ def test_who_has_to_go_waits_for_no_long_step(step_s, beat, hurried, why):
     again = decide(state, Tick(), 100.2)
     assert not of(Abort, again) + of(AskToLeave, again)
     if hurried:
-        decide(state, MemberEnded("a1", Outcome("broken", 3, "abandoned")), 100.3)
+        commands = decide(state, MemberEnded("a1", Outcome("broken", 3, "abandoned")), 100.3)
+        assert of(Commit, commands) == [Commit("a1")]  # the other one may be stuck
         commands = decide(state, MemberEnded("b1", Outcome("broken", 3, "abandoned")), 100.4)
-        assert of(Commit, commands)[0] == Commit("a1")
         assert says(commands, "Step 4 was given up: workers have to go before it would be made.")
         assert state.failures == 0
 
@@ -415,6 +416,41 @@ def test_members_that_wait_for_the_end_of_a_step_are_hurried_once_their_state_is
     for member in state.members:
         commands = decide(state, BeatHeard(member.name, replace(member.beat, held=StateId(3, 1))), 100.2)
     assert of(Abort, [*commands, *decide(state, Tick(), 100.3)]) == [Abort("a1", 1), Abort("b1", 1)]
+
+
+def test_a_membership_that_breaks_on_a_node_that_goes_leaves_its_state_committed():
+    state = running(host("a1"), host("b1"), num_workers=(2, 2))
+    for member in state.members:
+        member.beat = Beat(Stage.STEPPING, membership=1, step=3, step_seconds=1.0, held=StateId(3, 1))
+    assert of(AskToLeave, decide(state, NodesSeen(100.0, draining=frozenset("ab")), 100.1))
+    decide(state, HostFailed("b1", "ActorDiedError", died=True), 100.2)
+    commands = decide(state, MemberEnded("a1", Outcome("broken", 3, "closed")), 100.3)
+    assert of(Commit, commands) == [Commit("a1")]
+
+
+@pytest.mark.parametrize("end", [RunInterrupted(), RunStopped()])
+def test_a_run_that_ends_while_a_membership_forms_begins_none(end):
+    state = known(*(host(name, used=True, beat=Beat(Stage.IDLE, held=StateId(3, 1))) for name in ("a1", "b1")))
+    state.number = 1
+    decide(state, Tick(), 100.1)
+    assert of(AskForOffer, answers(state, StateId(3, 1), StateId(3, 1)))
+    commands = decide(state, end, 100.3)
+    assert of(Flush, commands) == [Flush("a1"), Flush("b1")]
+    decide(state, Offered("a1", StateId(3, 1)), 100.4)
+    assert not of(RunMember, decide(state, AddressGiven("a1", ("a", 1)), 100.5))
+
+
+def test_a_silent_host_whose_gpu_another_one_gets_is_ended():
+    silent = host("a1", gpus=("0",), used=True, busy=True, given_up=99.0, answered=90.0)
+    state = known(silent, host("a2", gpus=None), seats="a")
+    state.seats = (Seat("group", 0, 1, "a", ("0",)),)
+    state.number = 1
+    decide(state, Tick(), 100.1)
+    decide(state, BeatHeard("a2", Beat(Stage.IDLE)), 100.2)
+    decide(state, Offered("a2"), 100.2)
+    commands = decide(state, AddressGiven("a2", ("a", 1)), 100.3)
+    assert of(RunMember, commands)[0].membership.members[0].gpus == ("0",)
+    assert [kill.host for kill in of(KillHost, commands)] == ["a1"]
 
 
 def test_members_that_no_step_lets_leave_are_hurried_after_ten_seconds():

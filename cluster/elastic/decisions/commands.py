@@ -90,7 +90,7 @@ class AskToLeave:
 
 @dataclass(frozen=True)
 class Abort:
-    """Let a host end a membership that has lost a member."""
+    """Let a host end a membership at once: it has lost a member, or somebody has to go."""
 
     host: str
     number: int

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Commit, Finish, Post, StopRun
+from cluster.elastic.decisions.commands import Abort, AskToLeave, Commands, Finish, Post, StopRun
 from cluster.elastic.decisions.known import (
     NOTHING,
     WATCH_SECONDS,
@@ -15,7 +15,7 @@ from cluster.elastic.decisions.known import (
     Trouble,
 )
 from cluster.elastic.decisions.observations import MemberEnded
-from cluster.elastic.decisions.staffing import end_surplus, mark_lost, start_missing, wanted
+from cluster.elastic.decisions.staffing import commit_newest, end_surplus, mark_lost, start_missing, wanted
 from cluster.elastic.decisions.watching import grace, stalled
 from cluster.elastic.events import Message
 from cluster.elastic.membership import Outcome, node_name
@@ -51,6 +51,8 @@ def oversee(known: Known, phase: Running) -> Commands:
     if phase.pending and phase.ended_at is None:
         yield from _keep_fitting(known, phase)
         return
+    if phase.hurried and phase.outcomes:
+        yield from _commit_soon(known, phase)
     if phase.pending and phase.ended_at is not None:
         yield from _wake(known, phase, phase.ended_at)
     if not phase.pending:
@@ -83,13 +85,26 @@ def _let_go(known: Known, phase: Running) -> Commands:
     """
     seconds = max(host.beat.step_seconds for host in phase.pending) or float("inf")  # of a first step nothing is known
     late = phase.asked_at is not None and known.now - phase.asked_at > 2 * HURRY_SECONDS  # there may be no data, say
-    whole = all(took_up(known, host) and (host.beat.held or NOTHING).step >= host.beat.step for host in phase.pending)
+    whole = all(
+        took_up(known, host)
+        and host.beat.activity != "commit"  # it may be the last one, which nobody else would write
+        and (host.beat.held or NOTHING).step >= host.beat.step
+        for host in phase.pending
+    )
     if whole and (seconds > HURRY_SECONDS or late):
         phase.hurried, phase.aborted, phase.ended_at = True, True, known.now
         for host in phase.pending:
             yield Abort(host.name, known.number)
     elif phase.asked_at is None:
         yield from _ask_to_leave(known, phase)
+
+
+def _commit_soon(known: Known, phase: Running) -> Commands:
+    """Let the newest state be written as soon as one member has ended a hurried membership: another may be stuck."""
+    holder = known.newest()
+    if holder is not None and (holder.beat.held or NOTHING) > phase.committed:
+        phase.committed = holder.beat.held or NOTHING
+        yield from commit_newest(known)
 
 
 def _ask_to_leave(known: Known, phase: Running) -> Commands:
@@ -163,8 +178,6 @@ def _judge(known: Known, phase: Running) -> Commands:
         return
     if phase.hurried:
         yield Post(Message(f"Step {reached + 1:,} was given up: workers have to go before it would be made."))
-        if holder := known.newest():
-            yield Commit(holder.name)
         return
     if known.stopped:
         return
@@ -176,6 +189,8 @@ def _judge(known: Known, phase: Running) -> Commands:
     reasons += [f"a worker was lost ({host.reason})" for host in lost]
     reasons = reasons or ["a worker does not answer"]
     yield Post(Message(f"Step {reached + 1:,} was interrupted: {reasons[0]}."))
+    if any(host.node in known.leaving for host in known.alive()):
+        yield from commit_newest(known)
     if progress:
         known.failures = -1
         for host in phase.members:

@@ -22,7 +22,7 @@ from cluster.elastic.decisions.known import (
     Running,
 )
 from cluster.elastic.decisions.observations import AddressGiven, Offered
-from cluster.elastic.decisions.staffing import bind_gpus, hopeless, mark_lost, start_missing, wanted
+from cluster.elastic.decisions.staffing import bind_gpus, commit_newest, hopeless, mark_lost, start_missing, wanted
 from cluster.elastic.decisions.watching import ask_for_beat
 from cluster.elastic.events import HostJoined, MembershipFormed, Message
 from cluster.elastic.membership import Member, Membership, node_name
@@ -79,7 +79,7 @@ def question(known: Known, phase: Questioning) -> Commands:
     if unheard and known.now - phase.since < ANSWER_SECONDS:
         return
     hosts = [host for host in phase.hosts if host not in phase.unheard and not host.lost]
-    if known.stopped or len(hosts) < known.enough:
+    if known.stopped or known.interrupted or len(hosts) < known.enough:
         known.phase = Gathering()
         return
     source = known.newest(hosts) or hosts[0]
@@ -107,6 +107,9 @@ def address_given(known: Known, host: HostRecord, given: AddressGiven) -> None:
 
 def form(known: Known, phase: Forming) -> Commands:
     """Let the hosts step together once the state and the address are there."""
+    if known.stopped or known.interrupted:
+        known.phase = Gathering()
+        return
     if not (phase.source.lost or (phase.offer and (phase.address or phase.hosts[0].lost))):
         return
     lost = [host for host in (phase.source, *phase.hosts) if host.lost]
@@ -130,14 +133,19 @@ def _holds(host: HostRecord, phase: Forming) -> bool:
 
 def _could_not_meet(known: Known, reason: str) -> Commands:
     yield Post(Message(f"The workers could not meet: {reason}"))
+    if any(host.node in known.leaving for host in known.alive()):
+        yield from commit_newest(known)
     yield from note_failure(known, reason)
-    if isinstance(known.phase, Forming):  # it was not one failure too many
-        known.phase = Pausing(known.now + pause_seconds(known))
+    known.phase = Pausing(known.now + pause_seconds(known))
 
 
 def _formed(known: Known, phase: Forming, offer: Offered, address: tuple[str, int]) -> Commands:
     known.number += 1
     bind_gpus(known, phase.hosts)
+    places = {host.place for host in phase.hosts if host.gpus}
+    for host in known.alive():
+        if host.given_up is not None and host.place in places and host not in phase.hosts:
+            yield from mark_lost(known, host, "another worker has its GPU")
     members = []
     for host in phase.hosts:
         assert host.info is not None, "a host that was asked to train is ready"

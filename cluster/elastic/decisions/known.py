@@ -162,8 +162,9 @@ class Running:
         at_work: whether all members have taken up the state.
         asked_at: when the members were asked to end it; None before.
         ended_at: when a member was lost or failed; None while it is whole.
+        committed: the state that a member was told to commit after it had ended a hurried membership.
         stalled: whether it was ended since nothing moved in it.
-        hurried: whether it was ended within a step, since somebody has to go before that would end.
+        hurried: whether it was ended at once, since somebody has to go and no step would end in time.
         aborted: whether those that had not noticed were told.
     """
 
@@ -176,6 +177,7 @@ class Running:
     at_work: bool = False
     asked_at: float | None = None
     ended_at: float | None = None
+    committed: StateId = NOTHING
     stalled: bool = False
     hurried: bool = False
     aborted: bool = False

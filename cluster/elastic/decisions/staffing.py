@@ -123,10 +123,16 @@ def nodes_seen(known: Known, seen: NodesSeen) -> Commands:
     known.looks -= 1
     if ours := ({host.node for host in known.hosts.values()} & seen.draining) - known.leaving:
         yield Post(Message(f"{count(len(ours), 'node')} will go soon; the workers there leave first."))
-        if not known.members and (holder := known.newest()):
-            yield Commit(holder.name)
+        if not known.members:
+            yield from commit_newest(known)
     known.leaving, known.dead = seen.draining, seen.dead
     yield from _judge_failed_starts(known, seen.asked)
+
+
+def commit_newest(known: Known) -> Commands:
+    """Let the newest state that a host in no membership holds be written, unless it is."""
+    if holder := known.newest():
+        yield Commit(holder.name)
 
 
 def _judge_failed_starts(known: Known, asked: float) -> Commands:

@@ -132,6 +132,6 @@ def grace(known: Known, host: HostRecord) -> float:
         return KILL_SECONDS
     if host.beat.stage is Stage.BUILDING:
         return BUILD_SECONDS
-    if host.gpus and host.beat.stage is Stage.STEPPING:
+    if host.gpus and host.beat.stage is Stage.STEPPING and step:
         return max(KILL_SECONDS, step)
     return max(known.scaling.hang_timeout_s, step)

@@ -147,10 +147,13 @@ class Storage:
                     self._filesystem.pipe_file(path, content, mode="create")
             except FileExistsError:
                 exists = True
-            except OSError as error:
-                if error.errno != errno.ENOSYS:  # what s3fs makes of a server that does not know If-None-Match
+            except OSError as error:  # s3fs: of a server that does not know If-None-Match, or refuses in its own words
+                if error.errno == errno.EINVAL and self._filesystem.exists(path):
+                    exists = True
+                elif error.errno == errno.ENOSYS:
+                    can_refuse = False
+                else:
                     raise
-                can_refuse = False
             if not can_refuse:
                 exists = bool(self._filesystem.exists(path))
                 if not exists:

@@ -90,6 +90,12 @@ class Checkpoints:
                 self._writing, self._next = self._next, None
                 threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
 
+    def has(self, step: int) -> bool:
+        """Whether this object committed ``step`` last, or is about to."""
+        with self._changed:
+            steps = [order.state.step for order in (self._writing, self._next) if order is not None]
+            return step in (self.committed, *steps)
+
     def check(self) -> None:
         """Raise now what ended the writing. A storage that fails is no such thing: it is tried again."""
         with self._changed:
