@@ -133,6 +133,7 @@ class Ledger:
             case DriverStarted():
                 self._begin(event.at)
             case HostStarting():
+                self._forget_starts()
                 kind: Start = "replacement" if event.replaces or len(self._drivers) > 1 else "first"
                 self._starts[event.host] = (kind, self._time(event.at), inf)
             case HostStarted() if event.host in self._starts:
@@ -307,6 +308,11 @@ class Ledger:
         """The kind of a host's start within that time, if there was one."""
         kinds = {kind for kind, since, until in self._starts.values() if since < ended and start < until}
         return "replacement" if "replacement" in kinds else "first" if kinds else None
+
+    def _forget_starts(self) -> None:
+        """Drop the starts that were over before anything that is not booked yet."""
+        unbooked = min((host.booked for host in self._hosts.values() if host.left is None), default=0.0)
+        self._starts = {host: start for host, start in self._starts.items() if start[2] > unbooked}
 
     def _book(self, name: str, host: _Host, kind: str, until: float) -> None:
         host.seconds[kind] = host.seconds.get(kind, 0.0) + until - host.booked

@@ -401,7 +401,8 @@ def test_who_has_to_go_waits_for_no_long_step(step_s, beat, hurried, why):
     again = decide(state, Tick(), 100.2)
     assert not of(Abort, again) + of(AskToLeave, again)
     if hurried:
-        commands = decide(state, MemberEnded("a1", Outcome("broken", 3, "abandoned")), 100.3)
+        decide(state, MemberEnded("a1", Outcome("broken", 3, "abandoned")), 100.3)
+        commands = decide(state, Tick(), 100.3)
         assert of(Commit, commands) == [Commit("a1")]  # the other one may be stuck
         commands = decide(state, MemberEnded("b1", Outcome("broken", 3, "abandoned")), 100.4)
         assert says(commands, "Step 4 was given up: workers have to go before it would be made.")
@@ -495,13 +496,13 @@ def test_pauses_between_attempts_to_form_grow_to_half_a_minute():
     state, pauses = known(host("a1"), seats="a", max_failures=-1), []
     now = 100.0
     for _ in range(9):
-        decide(state, BeatHeard("a1", Beat(Stage.IDLE)), now)
+        state.hosts["a1"].answered = now
+        decide(state, Tick(), now)
         decide(state, BeatHeard("a1", Beat(Stage.IDLE)), now)
         decide(state, Offered("a1", trouble="No."), now)
         decide(state, AddressGiven("a1", ("a", 1)), now)
         pauses.append(state.phase.until - now)
         now = state.phase.until
-        decide(state, Tick(), now)
     assert pauses == [1, 2, 4, 8, 16, *[PAUSE_SECONDS] * 4]
 
 

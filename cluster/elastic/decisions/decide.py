@@ -51,18 +51,24 @@ def decide(known: Known, observation: Observation, now: float) -> list[Command]:
     if isinstance(known.phase, Over):
         return []
     commands = [*_take_in(known, observation)]
-    # A thousand hosts tell twice a second how they are; what follows from that while they step, the next tick finds.
-    if not (isinstance(observation, BeatHeard) and _steps_on(known)):
+    if not _can_wait(known, observation):
         commands += _go_on(known)
     return commands
 
 
-def _steps_on(known: Known) -> bool:
-    """Whether a membership is whole, and as far as it was."""
+def _can_wait(known: Known, observation: Observation) -> bool:
+    """Whether the next tick is soon enough for what follows: a thousand hosts say the same at about one time."""
     phase = known.phase
-    if not isinstance(phase, Running) or phase.ended_at is not None:
-        return False
-    return phase.at_work or not all(took_up(known, host) for host in phase.members)
+    match observation:
+        case BeatHeard() if isinstance(phase, Gathering | Pausing):
+            return True
+        case BeatHeard() if isinstance(phase, Questioning):
+            return bool(phase.unheard)
+        case BeatHeard() if isinstance(phase, Running):
+            return phase.at_work or phase.ended_at is not None or not all(took_up(known, h) for h in phase.members)
+        case MemberEnded() if isinstance(phase, Running):
+            return bool(phase.pending) and phase.ended_at != known.now
+    return False
 
 
 def _take_in(known: Known, observation: Observation) -> Commands:

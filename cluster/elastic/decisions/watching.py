@@ -26,13 +26,14 @@ def watch(known: Known) -> Commands:
     if not known.looks:
         yield from look_at_nodes(known)
     patience = known.scaling.hang_timeout_s
+    ending = any(member.lost for member in known.members)  # a host that waited for a lost one stops waiting
     for host in known.alive():
         if host.given_up is not None and not known.answers(host):
             host.given_up = known.now
         # At the tick before this one it was silent already: an answer that waited while nobody listened has been heard.
         if host.info is not None and known.ticked - host.answered > patience:
             yield from mark_lost(known, host, f"no answer for {patience:g} seconds")
-        elif stuck := _stuck(known, host):
+        elif stuck := _stuck(known, host, ending):
             yield from mark_lost(known, host, stuck)
         elif host.ending is not None and known.now - host.ending > FLUSH_SECONDS:
             yield from mark_lost(known, host, "")
@@ -76,8 +77,12 @@ def _forgive(known: Known) -> None:
     known.ticked += pause
 
 
-def _stuck(known: Known, host: HostRecord) -> str:
-    """Why a host counts as stuck that answers; empty while it moves, or waits for others."""
+def _stuck(known: Known, host: HostRecord, ending: bool) -> str:
+    """Why a host counts as stuck that answers; empty while it moves, or waits for others.
+
+    Args:
+        ending: whether the present membership has lost a member.
+    """
     patience, beat, still = known.scaling.hang_timeout_s, host.beat, known.now - host.moved
     if host.info is None:
         limit, still = UNKNOWN * patience, known.now - host.started
@@ -85,7 +90,6 @@ def _stuck(known: Known, host: HostRecord) -> str:
     if isinstance(known.phase, Forming) and host is known.phase.source and host.busy:
         still = known.now - known.phase.since
         return f"no state offered for {still:.0f} seconds" if still > UNKNOWN * patience else ""
-    ending = any(member.lost for member in known.members)  # a host that waited for a lost one stops waiting
     if beat.waiting or beat.stage in (Stage.STARTING, Stage.IDLE) or ending:
         return ""
     paced = beat.stage is Stage.STEPPING and host.longest > 0  # a read or a write may take far longer than a pass
