@@ -229,7 +229,7 @@ class TrainingLoop:
                 if changed:
                     plan = self.pace.shares
                     self._read(plan)
-            if workload.replica is not None and self.rank == 0 and workload.handed_over != engine.step_count:
+            if workload.replica is not None and self.rank == 0 and not workload.checkpoints.has(engine.step_count):
                 self._timed("commit", self.commit)  # who should have written the last state may be gone
             self._timed("commit", workload.checkpoints.wait)
         finally:

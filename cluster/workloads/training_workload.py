@@ -74,7 +74,6 @@ class TrainingWorkload:
         self.partitions = self.settings.engine.states == "partitioned"
         self.kept: Held | None = None  # the newest state, where it lies in memory and in no engine that may step on
         self.replica: Replica | None = None  # else the engine that has the whole state
-        self.handed_over = -1  # step of the last state that this host gave to be written
         self.speed = 0.0  # units per second; 0 is unknown
         self.limit = MemoryLimit()
         self.step_seconds = self.enter_seconds = 0.0  # that the last ones took
@@ -199,7 +198,6 @@ class TrainingWorkload:
         """Let a state be written that will not change; returns where the checkpoint stands."""
         position = self.settings.position_to_commit(position, state.step)
         self.checkpoints.save(state, position, partial(self.settle, membership), partial(self.check_epoch, membership))
-        self.handed_over = state.step
         return position
 
     def flush(self) -> None:
