@@ -21,77 +21,60 @@ made more than once), *absence* (the time in smaller groups × what they were sl
 group's steps took longer beside starts in the place of lost ones), and *restarts* (the rest: no step was made, or the
 slow first step of a membership). The share of the workers' time spent computing steps is another number, the *busy
 share*: a run that waits for its disk most of the time has a small one, and a goodput of 1.
+
+All of it follows from sums over the memberships of equal devices: one that is over is added to them and forgotten.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
-from typing import Literal
+from typing import Any
+
+from cluster.accounts.membership_times import DeviceGroup, MembershipTimes, Start
 
 # Fewer steps than this are too few to measure a group's speed.
 _TELLING_STEPS = 10
-_STALLS = {"checkpoint", "evaluation"}
-
-DeviceGroup = tuple[str, ...]
-Start = Literal["first", "replacement"]
-"""Kind of a process's start beside the steps of others: one that an undisturbed run has too, or a replacement."""
+_MOST_SUMS = 512
+_RESTARTS_KEPT = 255
+_VARIOUS: DeviceGroup = ()
+"""Stands for groups that are no longer told apart."""
+_COUNTERS = ("beside_steps", "beside_seconds", "stall_counts", "stall_seconds")
 
 
 @dataclass
-class MembershipTimes:
-    """A group of hosts that step together; times in seconds since the run began.
+class _GroupSums:
+    """Sums over memberships of one group, between two first appearances of groups of other devices.
 
     Args:
-        from_step: the last step finished in the state that it starts from.
-        at: when it was formed.
-        driver: when its driver began.
+        since: when the first of them was formed, in seconds since the run began.
+        span: seconds from the end of each one's first step to the end of its last.
     """
 
-    from_step: int
-    at: float
-    driver: float
-    devices: dict[str, str] = field(default_factory=dict)  # of each host that has stepped
-    before: dict[str, int] = field(default_factory=dict)  # kind → last step of which earlier memberships finished it
-    finished: dict[str, int] = field(default_factory=dict)  # kind → last step of which this one finished it
-    clock: str | None = None  # the host by whose records the group is timed, the first that finished a step
-    first_step: int | None = None  # of the clock's, as all that follows
-    timed_step: int = 0
-    first_start: float = 0.0
-    first_end: float = 0.0
-    last_end: float = 0.0
-    stalls: float = 0.0  # seconds of the time from first_end to last_end
-    stalls_since: float = 0.0  # seconds since last_end
-    stall_seconds: dict[str, float] = field(default_factory=dict)  # by kind
+    group: DeviceGroup
+    since: float
+    span: float = 0.0
+    steady_steps: int = 0
+    steady_seconds: float = 0.0
+    beside_steps: Counter[str] = field(default_factory=Counter)
+    beside_seconds: Counter[str] = field(default_factory=Counter)
     stall_counts: Counter[str] = field(default_factory=Counter)
-    new_stalls: Counter[str] = field(default_factory=Counter)  # their number without those made again
-    new_stalls_since: Counter[str] = field(default_factory=Counter)  # those since last_end
-    beside_steps: Counter[str] = field(default_factory=Counter)  # steady steps beside starts, by kind
-    beside_seconds: dict[str, float] = field(default_factory=dict)  # theirs, without stalls
+    stall_seconds: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        for name in ("stall_counts", "new_stalls", "new_stalls_since", "beside_steps"):  # JSON has no counters
+        for name in _COUNTERS:  # JSON has no counters
             setattr(self, name, Counter(getattr(self, name)))
 
-    @property
-    def group(self) -> DeviceGroup:
-        """Groups of equal devices are as fast as each other."""
-        return tuple(sorted(self.devices.values()))
-
-    @property
-    def last_step(self) -> int:
-        return self.finished.get("step", self.from_step)
-
-    @property
-    def steady_steps(self) -> int:
-        """Steps after the first."""
-        return self.timed_step - (self.first_step or 0)
-
-    @property
-    def steady_seconds(self) -> float:
-        """Seconds of the steady steps, without stalls."""
-        return self.last_end - self.first_end - self.stalls
+    def __iadd__(self, other: "_GroupSums | MembershipTimes") -> "_GroupSums":
+        self.span += other.span
+        self.steady_steps += other.steady_steps
+        self.steady_seconds += other.steady_seconds
+        for name in _COUNTERS:
+            getattr(self, name).update(getattr(other, name))
+        return self
 
     @property
     def clear_steps(self) -> int:
@@ -100,62 +83,11 @@ class MembershipTimes:
 
     @property
     def clear_seconds(self) -> float:
-        return self.steady_seconds - sum(self.beside_seconds.values())
+        return self.steady_seconds - self.beside_seconds.total()
 
     def seconds_lost_beside(self, start: Start, usual: float) -> float:
         """Seconds that its steps beside such starts took beyond ``usual`` seconds each."""
-        return max(0.0, self.beside_seconds.get(start, 0.0) - self.beside_steps[start] * usual)
-
-    def follow(self, earlier: "MembershipTimes") -> None:
-        """Take over from an earlier membership what was finished before."""
-        for kind in {*earlier.before, *earlier.finished}:
-            last = max(earlier.before.get(kind, 0), earlier.finished.get(kind, 0))
-            self.before[kind] = max(self.before.get(kind, 0), last)
-
-    def note(
-        self,
-        host: str,
-        device: str,
-        step: int,
-        seconds: Mapping[str, float],
-        start: float,
-        ended: float,
-        beside: Start | None,
-    ) -> None:
-        """Take in what a host did from ``start`` to ``ended``: the step, or what followed it.
-
-        ``beside`` is the kind of another host's start at the time of the step.
-        """
-        if "step" in seconds:
-            self.devices[host] = device
-            self.clock = self.clock or host
-            self.finished["step"] = max(self.finished.get("step", 0), step)
-        if host != self.clock:
-            return
-        for kind in seconds.keys() & _STALLS:
-            self.stalls_since += seconds[kind]
-            self.stall_seconds[kind] = self.stall_seconds.get(kind, 0.0) + seconds[kind]
-            self.stall_counts[kind] += 1
-            if step > max(self.before.get(kind, 0), self.finished.get(kind, 0)):
-                self.new_stalls_since[kind] += 1
-                self.finished[kind] = step
-        if "step" in seconds:
-            self._time_step(step, start, ended, beside)
-
-    def _time_step(self, step: int, start: float, ended: float, beside: Start | None) -> None:
-        if beside and self.first_step is not None:
-            self.beside_steps[beside] += step - self.timed_step
-            took = ended - self.last_end - self.stalls_since
-            self.beside_seconds[beside] = self.beside_seconds.get(beside, 0.0) + took
-        if self.first_step is None:
-            self.first_step, self.first_start, self.first_end = step, start, ended
-            self.stalls_since = 0.0
-            if "step" not in self.before:  # the run's very first
-                self.new_stalls_since.clear()
-        self.timed_step, self.last_end = step, ended
-        self.stalls, self.stalls_since = self.stalls + self.stalls_since, 0.0
-        self.new_stalls += self.new_stalls_since
-        self.new_stalls_since.clear()
+        return max(0.0, self.beside_seconds[start] - self.beside_steps[start] * usual)
 
 
 @dataclass(frozen=True)
@@ -165,7 +97,9 @@ class RunTotals:
     Args:
         steps: finished, each counted once, as far as they were told.
         lost_steps: made and then made again.
-        restart_seconds: of each restart, from the last step before to the beginning of the first after.
+        restarts: times that stepping stopped and began anew.
+        restart_seconds: median of the latest 255 restarts, each from the last step before to the beginning of the first
+            after; None without a restart.
         goodput: between 0 and 1; None before a group has made two steps.
         lost: what goodput lacks to 1, by cause: ``repeated``, ``absence``, ``spares``, ``restarts``.
         steps_per_s: of the fastest group, undisturbed.
@@ -173,101 +107,187 @@ class RunTotals:
 
     steps: int = 0
     lost_steps: int = 0
-    restart_seconds: Sequence[float] = ()
+    restarts: int = 0
+    restart_seconds: float | None = None
     goodput: float | None = None
     lost: Mapping[str, float] = field(default_factory=dict)
     steps_per_s: float | None = None
 
 
-def run_totals(memberships: Sequence[MembershipTimes], now: float) -> RunTotals:
-    """Reckon up all memberships of a run; ``now`` is in seconds since it began."""
-    stepped = [member for member in memberships if member.first_step is not None]
-    if not stepped:
-        return RunTotals()
-    last = max(member.last_step for member in stepped)
-    # Steps that a crashed driver made but never recorded.
-    unseen = sum(max(0, member.from_step - member.before.get("step", member.from_step)) for member in stepped[1:])
-    steps = last - stepped[0].from_step - unseen
-    lost_steps = sum(member.last_step - member.from_step for member in stepped) - steps
-    restarts = [max(0.0, after.first_start - max(before.last_end, after.driver)) for before, after in pairwise(stepped)]
-    counted = steps - ((stepped[0].first_step or 0) - stepped[0].from_step)
-    usual, clear = _usual_seconds(stepped)
-    stall = _stalls(stepped, counted)
-    rates = {group: 1 / (seconds + stall(group)) for group, seconds in usual.items()}
-    bars = list(_bars(stepped, rates))
-    begin = stepped[0].first_end
-    end = max(member.last_end for member in stepped) if memberships[-1].first_step is not None else now
-    if not bars or end <= begin:
-        return RunTotals(steps, lost_steps, restarts)
+@dataclass
+class RunSums:
+    """Sums over the memberships of a run, which are added in the order in which they were formed.
 
-    def possible(start: float, stop: float) -> float:
-        """Steps of an undisturbed run."""
-        return sum(
-            rates[group] * max(0.0, min(stop, until) - max(start, since))
-            for (since, group), (until, _) in pairwise([*bars, (inf, ())])
-        )
-
-    undisturbed, absent, slowed = possible(begin, end), 0.0, 0.0
-    for member in stepped:
-        full = [group for since, group in bars if since <= member.at][-1]
-        if member.group != full:
-            absent += possible(member.first_end, member.last_end) - member.steady_steps
-            continue
-        if member.group in clear:
-            undisturbed -= member.seconds_lost_beside("first", usual[full]) * rates[full]
-            slowed += member.seconds_lost_beside("replacement", usual[full]) * rates[full]
-    lost = {"repeated": lost_steps, "absence": max(0.0, absent), "spares": slowed}
-    lost = {cause: steps / undisturbed for cause, steps in lost.items()}
-    lost["restarts"] = max(0.0, 1 - counted / undisturbed - sum(lost.values()))
-    return RunTotals(steps, lost_steps, restarts, min(1.0, counted / undisturbed), lost, rates[bars[-1][1]])
-
-
-def _usual_seconds(stepped: Sequence[MembershipTimes]) -> tuple[dict[DeviceGroup, float], set[DeviceGroup]]:
-    """Seconds of a step for every group that made enough of them, or for the one that made the most if none did.
-
-    Also the groups of which they are the time of clear steps.
+    The number of groups is bounded: of too many, those that made the fewest steps are told apart no longer. Their steps
+    count, and their time is held to the full group's speed.
     """
-    steps: Counter[DeviceGroup] = Counter()
-    clear_steps: Counter[DeviceGroup] = Counter()
-    seconds: defaultdict[DeviceGroup, float] = defaultdict(float)
-    clear_seconds: defaultdict[DeviceGroup, float] = defaultdict(float)
-    for member in stepped:
-        steps[member.group] += member.steady_steps
-        seconds[member.group] += member.steady_seconds
-        clear_steps[member.group] += member.clear_steps
-        clear_seconds[member.group] += member.clear_seconds
-    known = [group for group in steps if steps[group] and seconds[group] > 0]
-    if not known:
-        return {}, set()
-    telling = [group for group in known if steps[group] >= _TELLING_STEPS] or [max(known, key=steps.__getitem__)]
-    clear = {group for group in telling if clear_steps[group] >= _TELLING_STEPS and clear_seconds[group] > 0}
-    usual = {group: seconds[group] / steps[group] for group in telling}
-    return usual | {group: clear_seconds[group] / clear_steps[group] for group in clear}, clear
 
+    sums: list[_GroupSums] = field(default_factory=list)
+    seen: dict[DeviceGroup, float] = field(default_factory=dict)  # group → when it was formed first
+    from_step: int = 0  # of the first that stepped, as the next two
+    first_step: int | None = None
+    first_end: float = 0.0
+    last_step: int = 0
+    last_end: float = 0.0
+    made: int = 0  # steps, those made again counted again
+    unseen: int = 0  # steps that a crashed driver made but never recorded
+    new_stalls: Counter[str] = field(default_factory=Counter)
+    trailing_stalls: Counter[str] = field(default_factory=Counter)  # those after the last step of all
+    stepping: bool = False  # whether the latest membership has made a step
+    restarts: int = 0
+    restart_seconds: list[float] = field(default_factory=list)  # the latest
 
-def _stalls(stepped: Sequence[MembershipTimes], counted: int) -> Callable[[DeviceGroup], float]:
-    """Seconds of stall a step, for every group."""
-    numbers = sum((member.new_stalls + member.new_stalls_since for member in stepped), Counter())
-    numbers -= stepped[-1].new_stalls_since  # what came after the last step of all is not in front of a step
+    def add(self, member: MembershipTimes) -> None:
+        """Add a membership; nothing that is told of it later counts."""
+        self.stepping = member.first_step is not None
+        if member.first_step is None:
+            return
+        if self.first_step is None:
+            self.from_step, self.first_step, self.first_end = member.from_step, member.first_step, member.first_end
+        else:
+            self.unseen += max(0, member.from_step - member.before.get("step", member.from_step))
+            self.restarts += 1
+            self.restart_seconds.append(max(0.0, member.first_start - max(self.last_end, member.driver)))
+            del self.restart_seconds[:-_RESTARTS_KEPT]
+        self.last_step, self.last_end = max(self.last_step, member.last_step), max(self.last_end, member.last_end)
+        self.made += member.last_step - member.from_step
+        self.new_stalls += member.new_stalls + member.new_stalls_since
+        self.trailing_stalls = +member.new_stalls_since
+        sums = self._sums_of(member.group, member.at)
+        sums += member
+        if len(self.sums) > _MOST_SUMS:
+            self._forget_small_groups()
 
-    def of(group: DeviceGroup) -> float:
+    def totals(self, later: Iterable[MembershipTimes], now: float) -> RunTotals:
+        """Reckon up the run with ``later`` memberships, which are not added; ``now`` is in seconds since it began."""
+        whole = deepcopy(self)
+        for member in later:
+            whole.add(member)
+        return whole._reckon(now)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return deepcopy(vars(self) | {"seen": list(self.seen.items()), "sums": [vars(sums) for sums in self.sums]})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunSums":
+        run = cls(**values)
+        run.seen = {_as_group(group): since for group, since in values["seen"]}
+        run.sums = [_GroupSums(**{**sums, "group": _as_group(sums["group"])}) for sums in values["sums"]]
+        run.new_stalls, run.trailing_stalls = Counter(run.new_stalls), Counter(run.trailing_stalls)
+        return run
+
+    def _sums_of(self, group: DeviceGroup, at: float) -> _GroupSums:
+        """The group's since a new one appeared last, begun where there are none."""
+        if group not in self.seen:
+            self.seen[group] = at
+        appeared = max(self.seen.values())
+        for sums in reversed(self.sums):
+            if sums.since < appeared:
+                break
+            if sums.group == group:
+                return sums
+        self.sums.append(_GroupSums(group, at))
+        return self.sums[-1]
+
+    def _forget_small_groups(self) -> None:
+        """Halve the number of sums. Those of the groups that were ever full stay apart, and from when to when."""
+        bars = list(self._bars(self._rates()[0]))
+        joined: dict[tuple[DeviceGroup, int], _GroupSums] = {}
+
+        def join(sums: _GroupSums, group: DeviceGroup) -> None:
+            part = sum(since <= sums.since for since, _ in bars)
+            into = joined.setdefault((group, part), _GroupSums(group, sums.since))
+            into += sums
+
+        full = {group for _, group in bars}
+        largest = sorted(self.sums, key=lambda sums: (sums.group in full, sums.steady_steps), reverse=True)
+        for place, sums in enumerate(largest):
+            join(sums, sums.group if place < _MOST_SUMS // 2 else _VARIOUS)
+        self.sums = sorted(joined.values(), key=lambda sums: sums.since)
+        known = full | {sums.group for sums in self.sums}
+        self.seen = {group: since for group, since in self.seen.items() if group in known}
+
+    def _reckon(self, now: float) -> RunTotals:
+        if self.first_step is None:
+            return RunTotals()
+        steps = self._steps
+        lost_steps = self.made - steps
+        restart_seconds = statistics.median(self.restart_seconds) if self.restart_seconds else None
+        totals = RunTotals(steps, lost_steps, self.restarts, restart_seconds)
+        rates, usual, clear = self._rates()
+        bars = list(self._bars(rates))
+        end = self.last_end if self.stepping else now
+        if not bars or end <= self.first_end:
+            return totals
+        undisturbed = sum(
+            rates[group] * max(0.0, min(end, until) - max(self.first_end, since))
+            for (since, group), (until, _) in pairwise([*bars, (inf, _VARIOUS)])
+        )
+        absent = slowed = 0.0
+        for sums in self.sums:
+            full = [group for since, group in bars if since <= sums.since][-1]
+            if sums.group != full:
+                absent += rates[full] * sums.span - sums.steady_steps
+            elif sums.group in clear:
+                undisturbed -= sums.seconds_lost_beside("first", usual[full]) * rates[full]
+                slowed += sums.seconds_lost_beside("replacement", usual[full]) * rates[full]
+        lost = {"repeated": lost_steps, "absence": max(0.0, absent), "spares": slowed}
+        lost = {cause: steps / undisturbed for cause, steps in lost.items()}
+        lost["restarts"] = max(0.0, 1 - self._counted / undisturbed - sum(lost.values()))
+        goodput = min(1.0, self._counted / undisturbed)
+        return replace(totals, goodput=goodput, lost=lost, steps_per_s=rates[bars[-1][1]])
+
+    @property
+    def _steps(self) -> int:
+        return self.last_step - self.from_step - self.unseen
+
+    @property
+    def _counted(self) -> int:
+        """Steps after the end of the first."""
+        return self._steps - ((self.first_step or 0) - self.from_step)
+
+    def _rates(self) -> tuple[dict[DeviceGroup, float], dict[DeviceGroup, float], set[DeviceGroup]]:
+        """Undisturbed steps a second of every group that made enough steps, or of the one that made most if none did.
+
+        Also seconds of a step without stalls, and the groups of which they are those of clear steps.
+        """
+        groups: dict[DeviceGroup, _GroupSums] = {}
+        for sums in self.sums:
+            if sums.group != _VARIOUS:
+                group = groups.setdefault(sums.group, _GroupSums(sums.group, sums.since))
+                group += sums
+        known = [group for group in groups.values() if group.steady_steps and group.steady_seconds > 0]
+        if not known:
+            return {}, {}, set()
+        telling = [group for group in known if group.steady_steps >= _TELLING_STEPS]
+        telling = telling or [max(known, key=lambda group: group.steady_steps)]
+        usual, clear = {}, set()
+        for group in telling:
+            usual[group.group] = group.steady_seconds / group.steady_steps
+            if group.clear_steps >= _TELLING_STEPS and group.clear_seconds > 0:
+                usual[group.group] = group.clear_seconds / group.clear_steps
+                clear.add(group.group)
+        return {group: 1 / (seconds + self._stall(groups[group])) for group, seconds in usual.items()}, usual, clear
+
+    def _stall(self, group: _GroupSums) -> float:
+        """Seconds of stall a step; those of any group, where it had none."""
         total = 0.0
-        for kind, number in numbers.items():
-            had = [member for member in stepped if member.stall_counts[kind]]
-            own = [member for member in had if member.group == group] or had
-            mean = sum(member.stall_seconds[kind] for member in own) / sum(member.stall_counts[kind] for member in own)
-            total += mean * number / max(1, counted)
+        for kind, number in (self.new_stalls - self.trailing_stalls).items():
+            had = [group] if group.stall_counts[kind] else self.sums
+            mean = sum(sums.stall_seconds[kind] for sums in had) / sum(sums.stall_counts[kind] for sums in had)
+            total += mean * number / max(1, self._counted)
         return total
 
-    return of
+    def _bars(self, rates: Mapping[DeviceGroup, float]) -> Iterator[tuple[float, DeviceGroup]]:
+        """(time, group) pairs: from then on this group's speed is the reference."""
+        best = 0.0
+        for group, since in self.seen.items():
+            if rates.get(group, 0.0) > best:
+                yield since if best else -inf, group
+                best = rates[group]
 
 
-def _bars(
-    stepped: Sequence[MembershipTimes], rates: Mapping[DeviceGroup, float]
-) -> Iterator[tuple[float, DeviceGroup]]:
-    """(time, group) pairs: from then on this group's speed is the reference."""
-    best = 0.0
-    for member in stepped:
-        if rates.get(member.group, 0.0) > best:
-            yield member.at if best else -inf, member.group
-            best = rates[member.group]
+def _as_group(values: Iterable[Iterable[Any]]) -> DeviceGroup:
+    """JSON has no tuples."""
+    return tuple((device, number) for device, number in values)

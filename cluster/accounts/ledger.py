@@ -1,11 +1,11 @@
 """The ledger: every second of every worker is accounted for, and from it follow goodput, lost work, energy and cost.
 
 It takes the run's events, whose times are of the driver's monotonic clock and never of a wall clock, and keeps sums, so
-that its memory does not grow with the steps. How goodput is reckoned stands in `cluster.accounts.goodput`.
+that its memory grows neither with the steps nor with the memberships and hosts that ever were: what is over is added to
+sums, those of a machine and device for a host. How goodput is reckoned stands in `cluster.accounts.goodput`.
 """
 
-import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -14,10 +14,16 @@ from math import inf
 from typing import Any
 
 from cluster.accounts.figures import Figures, WorkerFigures
-from cluster.accounts.goodput import MembershipTimes, Start, run_totals
+from cluster.accounts.goodput import RunSums
+from cluster.accounts.host_account import HostAccount
+from cluster.accounts.membership_times import MembershipTimes, Start
 from cluster.accounts.timeline import Kind, Timeline, TimelineBins
 from cluster.elastic.events import Event, HostJoined, HostLeft, HostStarted, HostStarting, MembershipFormed
 from doge.common.errors import UserError
+
+# The latest of each, of which something may still be told.
+_MEMBERSHIPS_KEPT = 16
+_DEPARTED_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -89,27 +95,12 @@ class StepRecord(Event):
     energy_joules: float | None = None
 
 
-@dataclass
-class _Host:
-    """The account of one host; times in seconds since the run began."""
-
-    node: str
-    device: str
-    joined: float
-    booked: float  # its time until here is in `seconds`
-    left: float | None = None
-    membership: int | None = None  # index of the one it stepped in last, None before its first step
-    present: float = 0.0  # seconds of earlier stays
-    sequences: int = 0
-    joules: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 class Ledger:
     """Takes in what happens and keeps the sums; times are seconds of the driver's monotonic clock.
 
     It never refuses what it is told, since an account must not end a run: a host or membership that it has not heard of
-    begins with its first record, and a record that is not newer than its host's last changes nothing.
+    begins with its first record, and a record that is not newer than its host's last, or is of a membership long over,
+    changes nothing.
 
     Args:
         tokens_per_step: of the global batch.
@@ -118,12 +109,15 @@ class Ledger:
 
     def __init__(self, tokens_per_step: int, tokens_per_sequence: int):
         self.tokens_per_step, self.tokens_per_sequence = tokens_per_step, tokens_per_sequence
-        self._hosts: dict[str, _Host] = {}
-        self._memberships: list[MembershipTimes] = []
+        self._hosts: dict[str, HostAccount] = {}
+        self._past = RunSums()
+        self._memberships: list[MembershipTimes] = []  # the latest, which are not in the sums
+        self._first = 0  # how many were before them
+        self._over: int | None = None  # the number of this driver's last that was added to the sums
         self._drivers: list[float] = [0.0]  # when each driver began, on the ledger's own clock that stops in between
         self._timeline = TimelineBins()
         self._end = 0.0
-        self._index: dict[int, int] = {}  # of this driver's memberships, by number
+        self._index: dict[int, int] = {}  # of this driver's memberships, how many were before them, by number
         self._origin: float | None = None  # the driver's clock when it began
         self._starts: dict[str, tuple[Start, float, float]] = {}  # of this driver's hosts: from when to when
 
@@ -142,6 +136,7 @@ class Ledger:
                 self._join(event.host, event.node, "", event.at)
             case HostLeft():
                 self._leave(event.host, event.at)
+                self._join_departed()
             case MembershipFormed():
                 self._form(event.number, event.from_step, event.at)
             case StepRecord():
@@ -156,9 +151,10 @@ class Ledger:
                 host.left = self._until(host)
                 self._book(name, host, self._tail_kind(host), host.left)
             self._drivers.append(self._end)
-            self._origin = None
+            self._origin = self._over = None
             self._index.clear()
             self._starts.clear()
+            self._join_departed()
         self._time(at)
 
     def _join(self, name: str, node: str, device: str, at: float) -> None:
@@ -166,7 +162,7 @@ class Ledger:
         now = self._time(at)
         known = self._hosts.get(name)
         if known is None:
-            self._hosts[name] = _Host(node, device, joined=now, booked=now)
+            self._hosts[name] = HostAccount(node, device, joined=now, booked=now)
         elif known.left is not None and now >= known.left:
             self._end_stay(name, known)
             known.node, known.device = node, device
@@ -183,14 +179,31 @@ class Ledger:
         """A new group is formed, whose first step is ``from_step`` + 1."""
         now = self._time(at)
         if number not in self._index:
-            self._index[number] = len(self._memberships)
+            self._index[number] = self._first + len(self._memberships)
             member = MembershipTimes(from_step, now, self._drivers[-1])
             if self._memberships:
                 member.follow(self._memberships[-1])
+                self._timeline.mark(now)
             self._memberships.append(member)
+            if len(self._memberships) > _MEMBERSHIPS_KEPT:
+                self._add_oldest()
+
+    def _add_oldest(self) -> None:
+        """Add the oldest membership to the sums."""
+        for name, host in self._hosts.items():
+            if host.left is not None and host.left <= self._memberships[1].at:
+                self._book(name, host, self._tail_kind(host), self._until(host))
+        self._past.add(self._memberships.pop(0))
+        over = [number for number, place in self._index.items() if place == self._first]
+        for number in over:
+            self._over = number
+            del self._index[number]
+        self._first += 1
 
     def _record(self, record: StepRecord) -> None:
         """Book what a host did since its last record."""
+        if self._over is not None and record.membership <= self._over:
+            return
         took = sum(record.seconds.values())
         self._time(record.ended - took)  # the first that a driver hears may be this
         ended = self._time(record.ended)
@@ -199,7 +212,7 @@ class Ledger:
         if record.membership not in self._index:
             self._form(record.membership, record.step - ("step" in record.seconds), record.ended - took)
         host, index = self._hosts[record.host], self._index[record.membership]
-        member = self._memberships[index]
+        member = self._memberships[index - self._first]
         if ended <= host.booked:
             return
         # A host that knows its device better than the one who asked for it, who may not have seen the machine.
@@ -221,16 +234,16 @@ class Ledger:
             host.joules = (host.joules or 0.0) + record.energy_joules / self._sharers(host)
         beside = self._beside(start, ended) if "step" in record.seconds else None
         member.note(record.host, record.device, record.step, record.seconds, start, ended, beside)
-        for earlier, later in pairwise(self._memberships[index:]):  # news that comes late
+        for earlier, later in pairwise(self._memberships[index - self._first :]):  # news that comes late
             later.follow(earlier)
 
     def figures(self, recipe: LedgerRecipe) -> Figures:
         """The figures of everything so far."""
-        workers = [self._worker(name, host, recipe) for name, host in self._hosts.items()]
+        workers = [self._worker(" ".join(host.names(name)), host, recipe) for name, host in self._hosts.items()]
         seconds: Counter[str] = Counter()
         for worker in workers:
             seconds.update(worker.seconds_of)
-        total, made = seconds.total(), run_totals(self._memberships, self._end)
+        total, made = seconds.total(), self._past.totals(self._memberships, self._end)
         tokens = made.steps * self.tokens_per_step
         energy = [worker.energy_kwh for worker in workers if worker.energy_kwh is not None]
         costs = [worker.cost for worker in workers if worker.cost is not None]
@@ -242,8 +255,8 @@ class Ledger:
             shares={kind: spent / total for kind, spent in seconds.items()} if total else {},
             steps=made.steps,
             lost_steps=made.lost_steps,
-            restarts=len(made.restart_seconds),
-            restart_seconds=statistics.median(made.restart_seconds) if made.restart_seconds else None,
+            restarts=made.restarts,
+            restart_seconds=made.restart_seconds,
             tokens=tokens,
             tokens_per_s=tokens / self._end if self._end else 0.0,
             undisturbed_tokens_per_s=None if rate is None else rate * self.tokens_per_step,
@@ -259,9 +272,8 @@ class Ledger:
         bins = deepcopy(self._timeline)
         for name, host in self._hosts.items():
             bins.add(name, self._tail_kind(host), host.booked, self._until(host))
-        lanes = bins.lanes({name: (host.node, host.device) for name, host in self._hosts.items()})
-        changes = [member.at for member in self._memberships[1:]]
-        return Timeline(lanes, bins.bin_seconds, self._end, changes, self._drivers[1:])
+        lanes = bins.lanes({name: (host.node, host.device, host.names(name)) for name, host in self._hosts.items()})
+        return Timeline(lanes, bins.bin_seconds, self._end, bins.changes, bins.marks, self._drivers[1:])
 
     def to_dict(self) -> dict[str, Any]:
         """The whole ledger as JSON values."""
@@ -277,7 +289,10 @@ class Ledger:
             "index": list(self._index.items()),
             "starts": starts,
             "hosts": {name: asdict(host) for name, host in self._hosts.items()},
+            "past": self._past.to_dict(),
             "memberships": [deepcopy(vars(member)) for member in self._memberships],
+            "first": self._first,
+            "over": self._over,
             "timeline": self._timeline.to_dict(),
         }
 
@@ -291,8 +306,10 @@ class Ledger:
         ledger._index = dict(values.get("index", []))
         starts = values.get("starts", {}).items()
         ledger._starts = {host: (kind, since, inf if until is None else until) for host, (kind, since, until) in starts}
-        ledger._hosts = {name: _Host(**host) for name, host in values["hosts"].items()}
+        ledger._hosts = {name: HostAccount(**host) for name, host in values["hosts"].items()}
+        ledger._past = RunSums.from_dict(values["past"])
         ledger._memberships = [MembershipTimes(**member) for member in values["memberships"]]
+        ledger._first, ledger._over = values["first"], values["over"]
         ledger._timeline = TimelineBins.from_dict(values["timeline"])
         return ledger
 
@@ -314,37 +331,51 @@ class Ledger:
         unbooked = min((host.booked for host in self._hosts.values() if host.left is None), default=0.0)
         self._starts = {host: start for host, start in self._starts.items() if start[2] > unbooked}
 
-    def _book(self, name: str, host: _Host, kind: str, until: float) -> None:
+    def _book(self, name: str, host: HostAccount, kind: str, until: float) -> None:
         host.seconds[kind] = host.seconds.get(kind, 0.0) + until - host.booked
         self._timeline.add(name, kind, host.booked, until)
         host.booked = until
 
-    def _gap(self, host: _Host, index: int) -> Kind:
+    def _gap(self, host: HostAccount, index: int) -> Kind:
         """The kind of the time between two records, the later of which is in the membership with ``index``."""
         if host.membership is None:
             return "start"
         return "restart" if index > host.membership else "idle"
 
-    def _tail_kind(self, host: _Host) -> Kind:
+    def _tail_kind(self, host: HostAccount) -> Kind:
         """The kind of the time after a host's last record."""
         last = next((at for at, m in enumerate(self._memberships) if m.at > self._until(host)), len(self._memberships))
-        return self._gap(host, min(last, len(self._memberships) - 1))
+        return self._gap(host, self._first + min(last, len(self._memberships) - 1))
 
-    def _until(self, host: _Host) -> float:
+    def _until(self, host: HostAccount) -> float:
         return max(self._end if host.left is None else host.left, host.booked)
 
-    def _end_stay(self, name: str, host: _Host) -> None:
+    def _end_stay(self, name: str, host: HostAccount) -> None:
         self._book(name, host, self._tail_kind(host), self._until(host))
         host.present += host.booked - host.joined
 
-    def _sharers(self, host: _Host) -> int:
+    def _join_departed(self) -> None:
+        """Of the hosts that left, but for the latest, keep one account per machine, device and lane of the timeline."""
+        departed = sorted((host.left, name) for name, host in self._hosts.items() if host.left is not None)
+        accounts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        for _, name in departed[:-_DEPARTED_KEPT]:
+            host = self._hosts[name]
+            self._book(name, host, self._tail_kind(host), self._until(host))
+            same = accounts[host.node, host.device]
+            into = next((other for other in same if self._timeline.join(name, other)), None)
+            if into is None:
+                same.append(name)
+            else:
+                self._hosts[into].take_over(name, self._hosts.pop(name))
+
+    def _sharers(self, host: HostAccount) -> int:
         """Hosts that one energy counter counts: a GPU has its own, a node's CPU hosts have one together."""
         if not host.device.startswith("CPU"):
             return 1
         same = (h for h in self._hosts.values() if h.node == host.node and h.device.startswith("CPU"))
         return max(1, sum(h.left is None for h in same))
 
-    def _worker(self, name: str, host: _Host, recipe: LedgerRecipe) -> WorkerFigures:
+    def _worker(self, name: str, host: HostAccount, recipe: LedgerRecipe) -> WorkerFigures:
         kind, until = self._tail_kind(host), self._until(host)
         seconds = {**host.seconds, kind: host.seconds.get(kind, 0.0) + until - host.booked}
         present = host.present + until - host.joined

@@ -143,7 +143,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
     jumping.run(100.0)
     monkeypatch.undo()
     assert jumping.ledger.to_dict() == calm.ledger.to_dict()
-    for name in ("ledger", "goodput", "figures", "timeline"):
+    for name in ("ledger", "goodput", "figures", "host_account", "membership_times", "timeline"):
         module = importlib.import_module(f"cluster.accounts.{name}")
         assert "import time" not in inspect.getsource(module)
         assert "datetime" not in inspect.getsource(module)
@@ -159,6 +159,70 @@ def test_its_memory_does_not_grow_with_the_steps():
         sizes.append(len(json.dumps(ledger.to_dict())))
         assert max(max(bins) for lane in ledger.timeline().lanes for bins in lane.shares.values()) < MAX_BINS
     assert sizes[1] < 2 * sizes[0] < 1_000_000
+
+
+def many_changes(memberships: int, kinds: int) -> Ledger:
+    """One of three hosts after another leaves for a new one, on four nodes with devices of some kinds."""
+    ledger, at, hosts = Ledger(8, 1), 0.0, []
+    for number in range(1, memberships + 1):
+        device = f"GPU {number * 7 % kinds}"
+        ledger.take(HostJoined(f"host-{number}", f"node-{number % 4}", at))
+        hosts.append((f"host-{number}", f"node-{number % 4}", device))
+        if len(hosts) > 3:
+            ledger.take(HostLeft(hosts.pop(0)[0], at))
+        ledger.take(formed(number, 4 * number, at))
+        for made in range(1, 5):
+            for host, node, known in hosts:
+                end = at + 2.0 + made
+                ledger.take(step(host, number, 4 * number + made, end, node, known, data=0.2, step=0.5, others=0.3))
+        at += 7.0
+    return ledger
+
+
+@pytest.mark.parametrize("kinds", [1, 12])
+def test_its_memory_does_not_grow_with_the_memberships_and_hosts_that_ever_were(kinds, monkeypatch):
+    monkeypatch.setattr("cluster.accounts.goodput._MOST_SUMS", 60)
+    monkeypatch.setattr("cluster.accounts.timeline.MAX_BINS", 100)
+    few, many = many_changes(1600, kinds), many_changes(3200, kinds)
+    sizes = [len(json.dumps(ledger.to_dict())) for ledger in (few, many)]
+    assert sizes[1] < 1.1 * sizes[0]
+    assert many.figures(PRICES).restarts == 3199
+    assert many.timeline().changes == 3199
+    assert many.figures(PRICES).steps == 3200 * 4
+    workers = many.figures(PRICES).workers
+    assert len(workers) <= 32 + 3 + 4 * 2 * kinds
+    assert sum(worker.tokens for worker in workers) == (3 * 3200 - 3) * 4 * 4
+    assert "host-1 … host-" in workers[0].host
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_over_counts_in_the_sums_as_it_did_apart(seed, monkeypatch):
+    def run():
+        simulated = SimulatedRun(seed, [16, 16, 8], kill_seconds=40.0)
+        simulated.run(600.0)
+        return simulated.ledger
+
+    monkeypatch.setattr("cluster.accounts.ledger._MEMBERSHIPS_KEPT", 10**6)
+    monkeypatch.setattr("cluster.accounts.ledger._DEPARTED_KEPT", 10**6)
+    apart = run().figures(PRICES)
+    monkeypatch.setattr("cluster.accounts.ledger._MEMBERSHIPS_KEPT", 8)
+    monkeypatch.setattr("cluster.accounts.ledger._DEPARTED_KEPT", 2)
+    ledger = run()
+    summed = ledger.figures(PRICES)
+    assert len(summed.workers) < len(apart.workers)
+    assert sum(len(lane.shares) > 0 for lane in ledger.timeline().lanes) <= 5
+    for name in ("goodput", "steps", "lost_steps", "restarts", "restart_seconds", "tokens", "cost", "energy_kwh"):
+        assert getattr(summed, name) == pytest.approx(getattr(apart, name)), name
+    assert summed.lost == pytest.approx(apart.lost)
+    assert summed.shares == pytest.approx(apart.shares)
+
+
+def test_a_record_of_a_membership_long_over_changes_nothing(monkeypatch):
+    monkeypatch.setattr("cluster.accounts.ledger._MEMBERSHIPS_KEPT", 2)
+    ledger = many_changes(6, 1)
+    before = ledger.to_dict()
+    ledger.take(step("host-1", 1, 30, ended=40.0, step=1.0))
+    assert ledger.to_dict() == before
 
 
 def test_cost_is_hours_times_price_and_a_device_without_one_is_named():
