@@ -90,6 +90,21 @@ def test_processes_that_ask_at_the_same_moment_fetch_it_once(root):
     assert os.listdir(root.parent / "cache") == ["copies"]
 
 
+def test_a_writer_that_goes_while_another_comes_is_no_error(root, monkeypatch):
+    make, gone = os.makedirs, []
+
+    def makedirs(path, mode=0o777, exist_ok=False):
+        if path.endswith(".partial") and not gone:  # it was there, and its writer has just removed it
+            gone.append(path)
+            raise FileExistsError(path)
+        make(path, mode, exist_ok)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    read(opened(root), "a")
+    assert gone
+    assert fetched(root) == "a"
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_another_process_takes_over_from_one_that_dies(waits, root):
     storage = opened(root)

@@ -90,7 +90,8 @@ class RemoteCache:
                 if entry.name.endswith(PARTIAL) and entry.path != folder:
                     _remove_abandoned(entry.path)
             while lock is None:
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+                with suppress(FileExistsError):  # also where another removes it before makedirs has looked at it
+                    os.makedirs(folder, mode=0o700)
                 lock = _lock(folder, fcntl.LOCK_EX)
         try:
             yield f"{folder}/content"
