@@ -1,14 +1,19 @@
-"""Prepare a plan's shards with Ray Data: one task reads, tokenizes, packs and writes a shard and returns its record.
+"""Prepare a plan's shards with Ray Data: some tasks read, others make a shard of each part and return its record.
 
-Shards are made in the order in which training needs them, and only as many as it needs. Committed ones are skipped, so
-a stopped preparation resumes where it was. It runs beside training, in a thread of the driver.
+A task that reads goes on through a file and hands over one part after the other: the time is linear in the file's size,
+and one large file keeps as many tasks busy as many small ones. Shards are made in the order in which training needs
+them, and only as many as it needs. Committed ones are skipped, so a stopped preparation resumes where it was. It runs
+beside training, in a thread of the driver.
 """
 
 import logging
 import os
+import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from math import ceil, inf
 from typing import Any
 
@@ -17,8 +22,9 @@ from data_pipelines.order.order import NotReady, Order, SourceOrder
 from data_pipelines.order.plan import Plan
 from doge.common.errors import UserError
 from doge.common.storage import Storage
+from doge.common.words import count, listed
 
-SHARDS_PER_ROUND = 16  # times the shards that are made at the same time
+SHARDS_PER_ROUND = 16  # at least; times the shards that are made at the same time
 SAVE_INTERVAL = 30.0  # seconds between two snapshots of the catalog
 
 Address = tuple[str, int, int]  # (source, file, part)
@@ -85,13 +91,11 @@ def prepare(
         raise
 
 
-def missing_shards(
-    plan: Plan, order: Order, catalog: Catalog, needed: dict[str, float], limit: int, beyond: set[Address]
-) -> list[Address]:
+def missing_shards(plan: Plan, order: Order, catalog: Catalog, needed: dict[str, float], limit: int) -> list[Address]:
     """Choose up to ``limit`` shards to make next, in the order in which training needs them; none when all exist.
 
     The sequences of a shard and the parts of a file are estimated from the records so far; before the first record of a
-    source only its first group is wanted.
+    source only its first group is wanted. Some may lie beyond the end of their file.
 
     Args:
         plan: the plan whose shards are made.
@@ -99,7 +103,6 @@ def missing_shards(
         catalog: the plan's commit records.
         needed: number of sequences needed of each source.
         limit: the most shards to choose.
-        beyond: addresses past the end of their file.
     """
     wanted: list[tuple[float, Address]] = []
     for name, source in order.sources.items():
@@ -111,7 +114,7 @@ def missing_shards(
         parts = [part + 1 for (_, part), record in records.items() if record.last]
         parts_per_file = ceil(sum(parts) / len(parts)) if parts else inf
         position, found = float(source.rows), 0
-        for group in _groups_ahead(source, parts_per_file, catalog, beyond):
+        for group in _groups_ahead(source, parts_per_file, catalog):
             if position >= needed[name] or found >= limit:
                 break
             missing = [address for address in group if catalog(*address) is None]
@@ -129,9 +132,7 @@ def _extend(source: SourceOrder, needed: float) -> None:
         return
 
 
-def _groups_ahead(
-    source: SourceOrder, parts_per_file: float, catalog: Catalog, beyond: set[Address]
-) -> Iterator[list[Address]]:
+def _groups_ahead(source: SourceOrder, parts_per_file: float, catalog: Catalog) -> Iterator[list[Address]]:
     """The shards of the next unknown group and of the groups that probably follow it."""
     first = source.next_group
     stripes = [([file for file, _ in first], first[0][1])]
@@ -139,11 +140,35 @@ def _groups_ahead(
     for at, (files, part) in enumerate(stripes):
         least = part if at == 0 else 0
         while files and (part < parts_per_file or part == least):
-            group = [(source.name, file, part) for file in files if (source.name, file, part) not in beyond]
+            group = [(source.name, file, part) for file in files]
             yield group
             records = {address[1]: catalog(*address) for address in group}
             files = [file for file, record in records.items() if record is None or not record.last]
             part += 1
+
+
+@dataclass(frozen=True)
+class PartRange:
+    """Consecutive missing parts of a file, which one task reads: ``count`` from part ``first`` on."""
+
+    source: str
+    file: int
+    first: int
+    count: int
+
+
+def part_ranges(addresses: list[Address]) -> list[PartRange]:
+    """Join the addresses of consecutive parts of a file, in the order of the first address of each range."""
+    ranges: list[PartRange] = []
+    newest: dict[tuple[str, int], int] = {}  # of each file, the place of its last range
+    for source, file, part in addresses:
+        at = newest.get((source, file))
+        if at is not None and ranges[at].first + ranges[at].count == part:
+            ranges[at] = replace(ranges[at], count=ranges[at].count + 1)
+        else:
+            newest[source, file] = len(ranges)
+            ranges.append(PartRange(source, file, part, 1))
+    return ranges
 
 
 class _Preparation:
@@ -155,7 +180,6 @@ class _Preparation:
             name: inf if training_sequences is None else self.order.rows_needed(name, training_sequences)
             for name in plan.units
         }
-        self.beyond: set[Address] = set()
         self.started = time.monotonic()
         self.documents = self.tokens = 0
         self.fraction_before: float | None = None  # what earlier runs prepared, once known
@@ -164,9 +188,9 @@ class _Preparation:
         saved, stopped = time.monotonic(), False
         tasks = self.plan.recipe.max_tasks or _cluster_cpus()
         while not stopped:
-            addresses = missing_shards(
-                self.plan, self.order, self.catalog, self.needed, SHARDS_PER_ROUND * tasks, self.beyond
-            )
+            # a compressed file is unpacked from its beginning once a round, so rounds grow with what has been made
+            limit = max(SHARDS_PER_ROUND * tasks, sum(len(self.catalog.records(name)) for name in self.plan.units))
+            addresses = missing_shards(self.plan, self.order, self.catalog, self.needed, limit)
             if self.fraction_before is None:
                 self.fraction_before = self._fraction()
             if not addresses:
@@ -180,6 +204,7 @@ class _Preparation:
                 if stopped := should_stop():
                     break
         self.catalog.save()
+        self._say_what_is_left_out()
         progress = self._progress()
         on_progress(progress)
         return progress
@@ -188,34 +213,45 @@ class _Preparation:
         import ray
         from ray.data import DataContext, TaskPoolStrategy
 
-        plan, storage = self.plan, self.storage
+        plan, storage, cpus = self.plan, self.storage, self.plan.recipe.num_cpus_per_task
+
+        def read(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            return _read_parts(storage, plan, PartRange(**item))
 
         def make(item: dict[str, Any]) -> dict[str, Any]:
             return _make_shard(storage, plan, **item)
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        context.target_max_block_size = 1  # each part, and each record, is handed on as soon as it is there
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        items = [{"source": source, "file": file, "part": part} for source, file, part in addresses]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            make,
-            num_cpus=plan.recipe.num_cpus_per_task,
-            compute=TaskPoolStrategy(size=min(tasks, len(items))),
+        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # where a file ends sooner
+        items = [asdict(parts) for parts in part_ranges(addresses)]
+        dataset = (
+            ray.data.from_items(items, override_num_blocks=len(items))
+            .flat_map(read, num_cpus=cpus, compute=TaskPoolStrategy(size=min(tasks, len(items))))
+            .map(make, num_cpus=cpus, compute=TaskPoolStrategy(size=min(tasks, len(addresses))))
         )
         return iter(dataset.iter_rows())
 
     def _take(self, result: dict[str, Any]) -> None:
         if result["error"]:
             raise UserError(result["error"])
-        address = (result["source"], result["file"], result["part"])
-        if not result["made"]:
-            self.beyond.add(address)
-            return
         self.documents += result["documents"]
         self.tokens += result["tokens"]
-        if result["skipped"]:
-            _log.warning("A file is left out: %s", result["skipped"])
-        self.catalog(*address)
+        self.catalog(result["source"], result["file"], result["part"])
+
+    def _say_what_is_left_out(self) -> None:
+        records = [record for name in self.plan.units for record in self.catalog.records(name).values()]
+        rows = [record for record in records if record.skipped_rows]
+        files = [record for record in records if record.skipped and not record.skipped_rows]
+        phrases = []
+        if files:
+            phrases.append(f"the unreadable rest of {count(len(files), 'file')} ({files[0].skipped})")
+        if rows:
+            phrases.append(f"{count(sum(record.skipped_rows for record in rows), 'row')} ({rows[0].skipped})")
+        if phrases:
+            _log.warning("data.skip_unreadable leaves out %s.", listed(phrases))
 
     def _fraction(self) -> float:
         total = 0.0
@@ -249,19 +285,29 @@ def _cluster_cpus() -> int:
 _tokenizers: dict[tuple[str, str], Any] = {}  # opened once per process
 
 
-def _make_shard(storage: Storage, plan: Plan, source: str, file: int, part: int) -> dict[str, Any]:
-    """Run one task. A UserError is returned, since Ray would wrap it in its own error."""
+def _read_parts(storage: Storage, plan: Plan, parts: PartRange) -> Iterator[dict[str, Any]]:
+    """Read parts in a task. A UserError is handed over, since Ray would wrap it in its own error."""
+    item = {"source": parts.source, "file": parts.file, "part": parts.first, "content": b"", "error": ""}
+    try:
+        for part in islice(plan.read_parts(storage, parts.source, parts.file, parts.first), parts.count):
+            yield {**item, "part": part.number, "content": pickle.dumps(part)}
+    except UserError as error:
+        yield {**item, "error": str(error)}
+
+
+def _make_shard(
+    storage: Storage, plan: Plan, source: str, file: int, part: int, content: bytes, error: str
+) -> dict[str, Any]:
+    """Make the shard of a part in a task, and return what is in it or the error."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work
-    address = {"source": source, "file": file, "part": part}
-    empty = {"made": False, "error": "", "rows": 0, "tokens": 0, "documents": 0, "skipped": ""}
+    result = {"source": source, "file": file, "part": part, "tokens": 0, "documents": 0, "error": error}
+    if error:
+        return result
     try:
         name = (storage.root, plan.tokenizer)
         if name not in _tokenizers:
             _tokenizers[name] = plan.open_tokenizer(storage)
-        record = plan.make_shard(storage, source, file, part, _tokenizers[name])
-    except UserError as error:
-        return {**address, **empty, "error": str(error)}
-    if record is None:
-        return {**address, **empty}
-    made = {key: value for key, value in asdict(record).items() if key in empty and key != "skipped"}
-    return {**address, **empty, **made, "made": True, "skipped": record.skipped or ""}
+        record = plan.commit_part(storage, source, file, pickle.loads(content), _tokenizers[name])
+    except UserError as raised:
+        return {**result, "error": str(raised)}
+    return {**result, "tokens": record.tokens, "documents": record.documents}

@@ -115,7 +115,7 @@ def _text(index: int, value: Any, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RowError(index, f"holds {type(value).__name__} in {column!r} and no text: set the source's columns.")
+        raise RowError(index, f"holds {type(value).__name__} in {column!r} and no text")
     if not value.isascii():  # known without a look at the text
         try:
             value.encode()

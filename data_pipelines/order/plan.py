@@ -5,7 +5,7 @@ The driver makes it once and keeps it in the storage. Readers open it by its fin
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ from data_pipelines.order.order import FindShard, Order
 from data_pipelines.order.permutation import file_order
 from data_pipelines.order.tokenizer_store import open_stored_tokenizer, store_tokenizer
 from data_pipelines.sources.files import InputFile, list_files
+from data_pipelines.sources.rows import Part
 from data_pipelines.sources.source_recipe import DataRecipe
-from data_pipelines.tokenizing.shards import ShardRecord, make_shard, shard_key
+from data_pipelines.tokenizing.shards import ShardRecord, make_shard, read_shard_parts, shard_key
 from doge.common.config_tree import from_dict, to_dict
 from doge.common.errors import UserError
 from doge.common.storage import Storage
@@ -75,13 +76,24 @@ class Plan:
         """Open the tokenizer that the sequences are made with."""
         return open_stored_tokenizer(storage, self.tokenizer)
 
+    def read_parts(self, storage: Storage, source: str, file: int, first: int) -> Iterator[Part]:
+        """Read the rows of a file's shards from part ``first`` on; see `shards.read_shard_parts`."""
+        inputs = (self.recipe, self.recipe.sources[source], self.files[source][file])
+        return read_shard_parts(storage, *inputs, self.keys[source][file], first)
+
+    def commit_part(
+        self, storage: Storage, source: str, file: int, part: Part, tokenizer: "PreTrainedTokenizerFast"
+    ) -> ShardRecord:
+        """Make and commit the shard of rows that have been read; see `shards.make_shard`."""
+        inputs = (self.recipe, self.recipe.sources[source], self.files[source][file])
+        return make_shard(storage, *inputs, self.keys[source][file], part, tokenizer)
+
     def make_shard(
         self, storage: Storage, source: str, file: int, part: int, tokenizer: "PreTrainedTokenizerFast"
     ) -> ShardRecord | None:
-        """Make and commit one shard; see `shards.make_shard`."""
-        key = self.keys[source][file]
-        inputs = (self.recipe, self.recipe.sources[source], self.files[source][file])
-        return make_shard(storage, *inputs, key, part, tokenizer)
+        """Read one part of a file, make and commit its shard; None if the file ends before it."""
+        read = next(self.read_parts(storage, source, file, part), None)
+        return None if read is None else self.commit_part(storage, source, file, read, tokenizer)
 
 
 def make_plan(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from data_pipelines.formats.base import Document
 from data_pipelines.order.permutation import file_order
 from data_pipelines.sources.files import InputFile
-from data_pipelines.sources.rows import make_documents, read_rows
-from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
+from data_pipelines.sources.rows import make_documents, read_parts
+from data_pipelines.sources.source_recipe import DataRecipe
 from doge.common.errors import UserError
 from doge.common.storage import Storage
 from doge.tokenizer.loading import fingerprint, load_tokenizer
@@ -92,17 +92,15 @@ def _training_texts(recipe: DataRecipe, wanted: TokenizerRecipe, files: dict[str
     share = wanted.training_bytes // len(files)
     for name, listed in files.items():
         left = share
-        documents = _documents(recipe.sources[name], [listed[at] for at in file_order(len(listed), 0, name)])
+        documents = _documents(recipe, name, [listed[at] for at in file_order(len(listed), 0, name)])
         while left > 0 and (document := next(documents, None)) is not None:
             for text in (document,) if isinstance(document, str) else (message.content for message in document):
                 left -= len(text.encode("utf-8", "ignore"))
                 yield text
 
 
-def _documents(source: SourceRecipe, files: list[InputFile]) -> Iterator[Document]:
+def _documents(recipe: DataRecipe, name: str, files: list[InputFile]) -> Iterator[Document]:
+    source, skip = recipe.sources[name], recipe.skip_unreadable
     for file in files:
-        start, rows = 0, None
-        while rows is None or len(rows) == AT_A_TIME:
-            rows = read_rows(source, file, start, start + AT_A_TIME)
-            yield from make_documents(source, file, start, rows)
-            start += AT_A_TIME
+        for part in read_parts(source, file, AT_A_TIME, skip_unreadable=skip):
+            yield from make_documents(source, file, part, skip).documents

@@ -1,18 +1,25 @@
 """Input files: the files of a source, and the identity that each has by its content."""
 
-import fnmatch
 import hashlib
+import logging
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipelines.sources import embedded
+from data_pipelines.sources.places import Found, find, uri
 from data_pipelines.sources.source_recipe import SourceRecipe
 from doge.common.errors import UserError
+from doge.common.words import listed
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt", ".txt.gz")
+LAYOUTS = ".parquet, .jsonl, .json or .txt (the last three also with .gz, .bz2, .xz or .zst)"
+_LAYOUT = re.compile(r"(?:(\.parquet)|(\.jsonl|\.json|\.txt)(\.gz|\.bz2|\.xz|\.zst)?)\Z", re.IGNORECASE)
+_EXAMPLES = 3  # names of what is left out for each reason
+
+_log = logging.getLogger(__name__)
 
 
 class InputFile(NamedTuple):
@@ -29,41 +36,56 @@ class InputFile(NamedTuple):
     identity: str
 
 
+def layout(path: str) -> tuple[str, str] | None:
+    """The ending of a path in lower case and that of its compression, such as (".jsonl", ".gz"); None for any other."""
+    found = _LAYOUT.search(path)
+    return ((found[1] or found[2]).lower(), (found[3] or "").lower()) if found else None
+
+
 def list_files(name: str, source: SourceRecipe) -> list[InputFile]:
-    """List the files of a source, sorted by path.
+    """List the files of a source, sorted by path, and log in one sentence what is left out there.
 
     Raises:
         UserError: there is no file, or the place cannot be reached.
     """
     if source.path.startswith(embedded.SCHEME):
         return [InputFile(*file) for file in embedded.list_files(source.path, source.max_bytes)]
-    import fsspec
-
     advice = f"point --data.sources.{name}.path at local files, for example '/data/{name}/*.parquet'"
     try:
-        path = _pin_revision(source.path)
-        filesystem, root = fsspec.core.url_to_fs(path)
-        if not any(wildcard in root for wildcard in "*?["):
-            found = filesystem.find(root, detail=True)
-        else:
-            found = filesystem.glob(root, detail=True)
+        place = "::".join(_pin_revision(link) for link in source.path.split("::"))
+        found = find(place)
+        files = [
+            InputFile(uri(place, found.filesystem, path), info["size"] or 0, _identity(found.filesystem, path, info))
+            for path, info in found.files.items()
+            if layout(path)
+        ]
     except Exception as error:  # each filesystem raises its own kinds
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"The source {name} ({source.path}) cannot be reached ({reason}): {advice}.") from error
-    files = [
-        InputFile(filesystem.unstrip_protocol(path), info["size"], _identity(filesystem, path, info))
-        for path, info in sorted(found.items())
-        if info["type"] == "file" and path.endswith(SUFFIXES) and not fnmatch.fnmatch(path, "*/.*")
-    ]
+    left_out = _left_out(found)
     if not files:
-        raise UserError(f"The source {name} has no {', '.join(SUFFIXES)} file at {source.path}: {advice}.")
+        rest = f", only {left_out}" if left_out else ""
+        raise UserError(f"The source {name} has no file at {source.path} that ends in {LAYOUTS}{rest}: {advice}.")
+    if left_out:
+        _log.warning("The source %s (%s) leaves out %s.", name, source.path, left_out)
     return files
+
+
+def _left_out(found: Found) -> str:
+    """Count what is at a place and not read, with examples of each kind; "" if all is read."""
+    kinds = {"with another ending": [path for path in found.files if not layout(path)], **found.left_out}
+    phrases = []
+    for kind, paths in kinds.items():
+        if paths:
+            names = [path.rsplit("/", 1)[-1] for path in paths[:_EXAMPLES]]
+            phrases.append(f"{len(paths):,} {kind} ({', '.join(names)}{', …' if len(paths) > _EXAMPLES else ''})")
+    return listed(phrases) if phrases else ""
 
 
 def check_unchanged(file: InputFile, filesystem: "AbstractFileSystem", path: str) -> None:
     """Raise UserError if a file is not what was listed. Passes on the errors of its filesystem."""
     now = filesystem.info(path)
-    if now["size"] != file.size or _identity(filesystem, path, now) != file.identity:
+    if (now["size"] or 0) != file.size or _identity(filesystem, path, now) != file.identity:
         raise UserError(f"{file.path} changed while it was being prepared: run the same command to prepare it anew.")
 
 
@@ -94,7 +116,7 @@ def _identity(filesystem: "AbstractFileSystem", path: str, info: dict[str, Any])
     for value in (lfs.get("sha256"), info.get("blob_id"), info.get("ETag"), info.get("etag"), info.get("md5Hash")):
         if value:
             return str(value).strip('"')
-    return _content_digest(filesystem, path, info["size"], info.get("mtime"))
+    return _content_digest(filesystem, path, info["size"] or 0, info.get("mtime", info.get("created")))
 
 
 @lru_cache(maxsize=1024)

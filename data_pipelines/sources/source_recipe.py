@@ -14,7 +14,7 @@ class SourceRecipe:
     Args:
         path: place of the text: a file, a directory or a glob, local or as a URI: of anything fsspec opens, of the hub
             (``hf://datasets/OWNER/NAME@REVISION/*.parquet``), or ``python-installation://`` followed by ``prose``,
-            ``conversation``, ``code`` or ``arithmetic``.
+            ``conversation``, ``code`` or ``arithmetic``. Links are followed, and what exists is taken literally.
         weight: share of the training sequences, relative to the other sources' weights.
         format: how a row becomes a document: ``text`` takes ``text_column``; ``conversation`` makes ``prompt_column``
             and ``text_column`` the user's and the assistant's turn of the chat template; ``software-heritage`` fetches
@@ -81,7 +81,7 @@ class DataRecipe:
         documents_per_shard: documents that one task tokenizes and one shard holds.
         files_per_stripe: files of a source whose sequences are mixed with one another; training on a source starts
             when the first shard of each is prepared.
-        skip_unreadable: leave out files that cannot be read, with a warning, instead of stopping.
+        skip_unreadable: leave out files and rows that cannot be read, with a warning, instead of stopping.
         num_cpus_per_task: CPUs that Ray reserves for a preparing task. Default: none, so that preparing goes on beside
             training workers that have reserved every CPU.
         max_tasks: shards prepared at the same time; 0 for as many as the cluster has CPUs.

@@ -11,13 +11,14 @@ holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)``
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.sources.files import SUFFIXES, InputFile
-from data_pipelines.sources.rows import Unreadable, make_documents, read_rows
+from data_pipelines.sources.files import InputFile, layout
+from data_pipelines.sources.rows import Part, make_documents, read_parts
 from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from data_pipelines.tokenizing.encoding import tokenize
 from data_pipelines.tokenizing.packing import Packed, pack, token_dtype
@@ -26,7 +27,7 @@ from doge.common.storage import Storage, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1  # raise it when the same address would give other content
+FORMAT_VERSION = 2  # raise it when the same address would give other content
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class ShardRecord:
         bytes: size of the Arrow file.
         sha256: hash of the Arrow file.
         last: True if the input file ends with this part.
-        skipped: the reason why the input file was left out, if it was.
+        end: offset in the input file at which the next part begins; 0 where that is found by the rows' numbers.
+        skipped: what was left out first and why, if anything was.
+        skipped_rows: number of rows that were left out; 0 if it was the rest of the input file.
     """
 
     rows: int
@@ -49,7 +52,9 @@ class ShardRecord:
     bytes: int
     sha256: str
     last: bool
+    end: int = 0
     skipped: str | None = None
+    skipped_rows: int = 0
 
 
 def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokenizer_fingerprint: str) -> str:
@@ -57,7 +62,7 @@ def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokeniz
     address = {
         "version": FORMAT_VERSION,
         "content": file.identity,
-        "layout": next((suffix for suffix in SUFFIXES if file.path.endswith(suffix)), "virtual"),
+        "layout": "".join(layout(file.path) or ("virtual",)),
         "format": source.format,
         "columns": source.reads,
         "tokenizer": tokenizer_fingerprint,
@@ -85,38 +90,37 @@ def read_record(storage: Storage, key: str, part: int) -> ShardRecord | None:
         return None
 
 
+def read_shard_parts(
+    storage: Storage, recipe: DataRecipe, source: SourceRecipe, file: InputFile, key: str, first: int
+) -> Iterator[Part]:
+    """Read the rows of a file's shards from part ``first`` on, each row once; see `rows.read_parts`.
+
+    Reading begins where the record of the shard before says that it ends, or without one at the file's beginning.
+    """
+    before = read_record(storage, key, first - 1) if first else None
+    offset = before.end if before else 0
+    return read_parts(source, file, recipe.documents_per_shard, first, offset, recipe.skip_unreadable)
+
+
 def make_shard(
     storage: Storage,
     recipe: DataRecipe,
     source: SourceRecipe,
     file: InputFile,
     key: str,
-    part: int,
+    part: Part,
     tokenizer: "PreTrainedTokenizerFast",
-) -> ShardRecord | None:
-    """Read, tokenize, pack and commit one shard; None if the file ends before it.
+) -> ShardRecord:
+    """Tokenize, pack and commit one shard.
 
-    A file that cannot be read becomes one shard without rows if the recipe skips such files.
+    If the recipe skips what cannot be read, odd rows are left out, and a file that is damaged ends with a shard
+    without rows.
 
     Raises:
-        UserError: the file cannot be read, or a row of it is not as its format needs it.
+        UserError: a row is not as its format needs it.
     """
-    start = part * recipe.documents_per_shard
-    skipped = None
-    try:
-        # one row more tells whether the file goes on
-        rows = read_rows(source, file, start, start + recipe.documents_per_shard + 1)
-        if not rows and part == 0:
-            raise Unreadable(f"{file.path} is empty: remove it, or set --data.skip-unreadable to leave such files out.")
-    except Unreadable as error:
-        if not recipe.skip_unreadable:
-            raise
-        rows, skipped = [], str(error)
-    if not rows and not skipped:
-        return None
-    last = len(rows) <= recipe.documents_per_shard
-    documents = make_documents(source, file, start, rows[: recipe.documents_per_shard])
-    ids = tokenize(tokenizer, documents)
+    made = make_documents(source, file, part, recipe.skip_unreadable)
+    ids = tokenize(tokenizer, made.documents)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     packed = pack(ids, recipe.sequence_length, pad, token_dtype(len(tokenizer)))
     committed: dict[str, Any] = {}
@@ -127,16 +131,18 @@ def make_shard(
             committed["bytes"] = stream.seek(0, 2)
         committed["sha256"] = sha256(path)
 
-    storage.write(shard_name(key, part), fill)
+    storage.write(shard_name(key, part.number), fill)
     record = ShardRecord(
         rows=len(packed.tokens),
         tokens=packed.length,
         documents=int(np.count_nonzero(ids.lengths)),
-        last=last,
-        skipped=skipped,
+        last=part.last,
+        end=part.end,
+        skipped=part.skipped or next(iter(made.skipped), None),
+        skipped_rows=len(made.skipped),
         **committed,
     )
-    storage.write_bytes(record_name(key, part), json.dumps(asdict(record)).encode())
+    storage.write_bytes(record_name(key, part.number), json.dumps(asdict(record)).encode())
     return record
 
 

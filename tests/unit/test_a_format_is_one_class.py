@@ -37,7 +37,7 @@ def titled(monkeypatch):
         def documents(self, rows: Sequence[Row]) -> list[str]:
             titles = texts(rows, self.title_column)
             if "" in titles:
-                raise RowError(titles.index(""), "has no title.")
+                raise RowError(titles.index(""), "has no title")
             return [f"{title}\n\n{text}" for title, text in zip(titles, texts(rows, self.text_column), strict=True)]
 
     register("titled")(Titled)
@@ -115,7 +115,7 @@ def test_other_options_are_other_shards(tmp_path):
 
 def test_a_row_that_is_not_as_it_should_be_is_named_by_its_number(tmp_path):
     rows = [{"title": "T", "body": "text"}] * 3 + [{"title": "", "body": "text"}]
-    with pytest.raises(UserError, match=r"Row 3 of .*a\.jsonl has no title\."):
+    with pytest.raises(UserError, match=r"Row 4 of .*a\.jsonl has no title: repair it"):
         prepared(recipe_of(tmp_path, rows), Storage(str(tmp_path / "store")))
 
 

@@ -1,5 +1,6 @@
 """However a preparation was stopped, killed, damaged or overtaken by its reader, sequence i stays what it is."""
 
+import gzip
 import json
 import os
 import pickle
@@ -14,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from cluster.machines.head_storage import share
 from data_pipelines.order.catalog import Catalog
@@ -245,6 +248,37 @@ def test_waiting_readers_learn_that_the_preparation_failed(complete, tmp_path, r
     skipping = make_plan(replace(recipe, skip_unreadable=True), tokenizer, storage)
     prepare(skipping, storage)
     assert len(PackedSequences(storage, skipping.fingerprint).read(0, 12).samples) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one.jsonl.gz", "one.json", "one.parquet"])
+def test_one_file_is_prepared_by_many_tasks_and_what_is_left_out_is_said_once(
+    complete, tmp_path, ray_cluster, caplog, name
+):
+    from data_pipelines.prepare import prepare
+
+    rows = [{"text": f"Row {number} counts on. " * (number % 9 + 1)} for number in range(200)]
+    if name.endswith(".parquet"):
+        parquet.write_table(pa.table({"text": [row["text"] for row in rows]}), tmp_path / name)
+    else:
+        rows[30] = rows[150] = {"text": 7}
+        lines = "\n".join(map(json.dumps, rows)).encode()
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else json.dumps(rows).encode())
+    recipe = DataRecipe(
+        {"a": SourceRecipe(str(tmp_path / name), 1)}, sequence_length=32, held_out_sequences=0, documents_per_shard=7,
+        skip_unreadable=True, max_tasks=2,
+    )  # fmt: skip
+    given = TokenizerRecipe(complete[0].path(complete[1].tokenizer))
+    alone, together = Storage(str(tmp_path / "alone")), share(Storage(str(tmp_path / "together")))
+    plan = make_plan(recipe, given, alone)
+    make_everything(plan, alone)
+    progress = prepare(make_plan(recipe, given, together), together)
+    assert committed(together) == committed(alone)
+    assert progress.fraction == 1
+    said = [record.getMessage() for record in caplog.records if "skip_unreadable" in record.getMessage()]
+    assert [sentence.split(" (")[0] for sentence in said] == (
+        [] if name.endswith(".parquet") else ["data.skip_unreadable leaves out 2 rows"]
+    )
 
 
 def test_an_empty_file_is_named_and_skipped_only_on_request(complete, tmp_path):

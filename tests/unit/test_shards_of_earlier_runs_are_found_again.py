@@ -45,12 +45,12 @@ def recipe():
 def test_shard_keys_and_the_fingerprint_of_the_order_are_those_of_earlier_runs(recipe):
     plan = Plan(recipe, "tokenizers/given", "f" * 64, FILES)
     assert plan.keys == {
-        "web": ["7569ffce60819a9a78db06fec4e5ae88", "7073b3065efb81ab8336a699de557f9d"],
-        "chat": ["0e1d7ae69c2c843b972361414432bcc7"],
-        "code": ["64bcee8ca410a0424b7574c37fe5fcef"],
-        "math": ["cb64ef2a9d59ef733522fe9468df99c0"],
+        "web": ["766e2271d4d2e6805196ec2a21d972a2", "97148e8067fccd65f994fb5a3db35c56"],
+        "chat": ["b5d93a8d55bbc429433282232b3b086d"],
+        "code": ["be6b198102378991945fe74a2bf92e0d"],
+        "math": ["5c1de63a4e6650fabcdaa34d9b4716cd"],
     }
-    assert plan.fingerprint == "b916fba300e37d0904b28605c843bef5b3923d2334fa94e74429832d1dcf5c5a"
+    assert plan.fingerprint == "8813c209b62649e74f9e253c1d03c68508b9684c0c16060390ada03ae3326296"
 
 
 @pytest.mark.parametrize(
