@@ -67,7 +67,7 @@ def pack(
     documents: Sequence[np.ndarray] | Ragged,
     sequence_length: int,
     pad_id: int,
-    dtype: type[np.unsignedinteger] = np.uint16,
+    dtype: np.typing.DTypeLike = np.uint16,
 ) -> Packed:
     """Cut the stream of the documents' tokens into rows.
 

@@ -21,7 +21,7 @@ from data_pipelines.sources.files import InputFile, layout
 from data_pipelines.sources.rows import Part, make_documents, read_parts
 from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
 from data_pipelines.tokenizing.encoding import tokenize
-from data_pipelines.tokenizing.packing import Packed, pack, token_dtype
+from data_pipelines.tokenizing.packing import Packed, pack
 from doge.common.storage import Storage, sha256
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def make_shard(
     made = make_documents(source, file, part, recipe.skip_unreadable)
     ids = tokenize(tokenizer, made.documents)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    packed = pack(ids, recipe.sequence_length, pad, token_dtype(len(tokenizer)))
+    packed = pack(ids, recipe.sequence_length, pad, ids.values.dtype)
     committed: dict[str, Any] = {}
 
     def fill(path: str) -> None:

@@ -1,5 +1,6 @@
 """Exporting a training state as a model directory that transformers opens."""
 
+import copy
 from typing import TYPE_CHECKING
 
 import transformers
@@ -18,6 +19,9 @@ def export_model(
 ) -> DogeForCausalLM:
     """Write weights (float32), configuration and tokenizer as the ``save_pretrained`` directory ``name`` of a storage.
 
+    BOS, EOS and PAD of the configuration and of ``generation_config.json`` are the tokenizer's, None where it has none,
+    so that whoever generates stops where the documents ended.
+
     Returns:
         The exported model, in evaluation mode.
 
@@ -25,6 +29,9 @@ def export_model(
         UserError: the state is that of another model.
         StorageError: the storage cannot be written.
     """
+    config = copy.deepcopy(config)
+    for name_of_id in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name_of_id, getattr(tokenizer, name_of_id))
     model = build_model(config)
     check_fits(state, model)
     model.load_state_dict(state.parameters, strict=False)

@@ -101,7 +101,8 @@ class DogeModel(DogePreTrainedModel):
     def __init__(self, config: DogeConfig):
         check_config(config)
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: the id that the configuration calls PAD may be an ordinary token of the tokenizer.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DogeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DogeRotaryEmbedding(config)

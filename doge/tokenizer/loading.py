@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """Open the tokenizer in a directory or on the hub.
 
+    A tokenizer.json may say how to cut, fill or vary texts. None of it is kept: a text's ids depend on the text alone.
+
     Raises:
         UserError: The tokenizer cannot be opened, is not a fast one or has no EOS.
     """
@@ -30,8 +32,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer {path!r} has no tokenizer.json (a fast tokenizer is needed): choose another.")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer {path!r} has no eos_token: set one in its tokenizer_config.json.")
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == tokenizer.unk_token_id:
+        raise UserError(f"The tokenizer {path!r} has no eos_token of its own: set one in its tokenizer_config.json.")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
     return tokenizer
 
 
@@ -51,12 +58,18 @@ def _auto_tokenizer() -> type:
     return AutoTokenizer
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The largest id and one, which is what a model needs; more than ``len(tokenizer)`` where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has more ids than a model of ``vocab_size``."""
-    if len(tokenizer) > vocab_size:
+    """Raise UserError if the tokenizer has an id that a model of ``vocab_size`` has not."""
+    needed = vocabulary_size(tokenizer)
+    if needed > vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer):,} ids, more than the model's vocab_size {vocab_size:,}: "
-            f"set --model.vocab-size {len(tokenizer)} or choose another tokenizer."
+            f"The tokenizer's ids go up to {needed - 1:,}, which needs more than the model's vocab_size "
+            f"{vocab_size:,}: set --model.vocab-size {needed} or choose another tokenizer."
         )
 
 

@@ -16,6 +16,8 @@ PRE_TOKENIZATION = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+LONGEST_WORD = 100  # characters; a longer word is data (DNA, base64, a drawn line), and takes a trainer very long
+
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
@@ -24,7 +26,8 @@ class TokenizerRecipe:
     Args:
         path: Directory or hub id of a tokenizer; ``None`` trains one on the recipe's own sources.
         vocab_size: Number of ids of a trained tokenizer, special tokens included.
-        training_bytes: Approximate bytes of text that a tokenizer is trained on, an equal part from every source.
+        training_bytes: Approximate bytes of text that a tokenizer is trained on, of each source as much as its weight
+            says. A source that holds less leaves its rest to the others.
     """
 
     path: str | None = None
@@ -45,19 +48,18 @@ class TokenizerRecipe:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE on ``texts``; the same texts give the same tokenizer.
 
-    A small corpus may give fewer than ``vocab_size`` ids, never more. Encoding adds BOS in front, as Llama 3 does; the
-    chat template writes its own BOS, and data_pipelines/tokenizing/encoding.py puts BOS and EOS around each document.
+    A small corpus may give fewer than ``vocab_size`` ids, never more. Of a word it sees the first `LONGEST_WORD`
+    characters. Encoding adds BOS in front, as Llama 3 does; the chat template writes its own BOS, and
+    data_pipelines/tokenizing/encoding.py puts BOS and EOS around each document.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rest = pre_tokenizers.Split(Regex(rf"(?<=[\s\S]{{{LONGEST_WORD}}})[\s\S]+"), behavior="removed")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, rest, letters])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -66,6 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> "PreTraine
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS}:1 $B:1",

@@ -347,12 +347,12 @@ def test_an_error_while_prefetching_reaches_the_caller(complete):
         next(batches)
 
 
-def test_another_mixture_seed_or_place_makes_no_shard_anew(complete, recipe, corpus, tmp_path):
+def test_another_seed_or_place_makes_no_shard_anew(complete, recipe, corpus, tmp_path):
     storage, plan, _ = complete
     moved = shutil.copytree(corpus, tmp_path / "moved")
     sources = {
-        name: replace(source, weight=weight, path=source.path.replace(str(corpus), str(moved)))
-        for (name, source), weight in zip(recipe.sources.items(), (1, 1), strict=True)
+        name: replace(source, path=source.path.replace(str(corpus), str(moved)))
+        for name, source in recipe.sources.items()
     }
     other = make_plan(replace(recipe, sources=sources, seed=1), TOKENIZER, storage)
     assert other.fingerprint != plan.fingerprint
@@ -360,6 +360,15 @@ def test_another_mixture_seed_or_place_makes_no_shard_anew(complete, recipe, cor
         name: sorted(keys) for name, keys in plan.keys.items()
     }
     PackedSequences(storage, other.fingerprint).read(0, SEQUENCES)
+
+
+def test_another_mixture_makes_no_shard_of_a_given_tokenizer_anew(complete, recipe):
+    storage, plan, _ = complete
+    given = TokenizerRecipe(storage.path(plan.tokenizer))
+    even = {name: replace(source, weight=1) for name, source in recipe.sources.items()}
+    plans = [make_plan(replace(recipe, sources=sources), given, storage) for sources in (recipe.sources, even)]
+    assert plans[0].units != plans[1].units
+    assert plans[0].keys == plans[1].keys
 
 
 def test_an_edited_input_is_another_order_and_never_mixed_in(complete, recipe, corpus, tmp_path):

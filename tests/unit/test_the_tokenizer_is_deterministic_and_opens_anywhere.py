@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data_pipelines.formats.base import Turn
-from data_pipelines.tokenizing import encoding
-from data_pipelines.tokenizing.encoding import tokenize
+from data_pipelines.tokenizing import encoder
+from data_pipelines.tokenizing.encoder import Encoder, encoder_of
+from data_pipelines.tokenizing.encoding import _enclose, tokenize
 from data_pipelines.tokenizing.packing import ragged
 from doge.common.errors import UserError
 from doge.tokenizer.chat_template import SPECIAL_TOKENS
@@ -117,11 +118,10 @@ AWKWARD = ["", " ", "x<|end_of_text|>y", "naïve\u3000größe\n\n\n  12345", "I'
 
 
 def test_gigatoken_and_tokenizers_agree(tokenizer, monkeypatch):
-    assert all(encoding._agree(encoding._gigatoken(tokenizer, special), tokenizer, TEXTS, special)
-               for special in (True, False))  # fmt: skip
     pairs = [turns("Why " + text, text) for text in AWKWARD]
+    assert encoder_of(tokenizer).agrees(TEXTS)
     fast = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
-    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: None)
+    monkeypatch.setattr(encoder_of(tokenizer), "fast", None)
     slow = [tokenize(tokenizer, documents) for documents in (TEXTS + AWKWARD, pairs)]
     assert [[ids.tolist() for ids in found] for found in fast] == [[ids.tolist() for ids in found] for found in slow]
 
@@ -130,7 +130,7 @@ class Wrong:
     """Encodes like gigatoken, but for texts with a certain word in them."""
 
     def __init__(self, tokenizer, word):
-        self.right, self.word = encoding._gigatoken(tokenizer, False), word
+        self.right, self.word = Encoder(tokenizer).fast, word
 
     def encode_batch(self, texts, parallel):
         return self.right.encode_batch([text.replace(self.word, "") for text in texts], parallel=parallel)
@@ -144,8 +144,8 @@ def test_a_faster_encoder_that_disagrees_is_not_used_and_that_is_said_once(token
         texts = ["".join(TEXTS) + "wrong " * 300]
     wrong = Wrong(tokenizer, "wrong")
     expected = [ids.tolist() for ids in tokenize(tokenizer, texts)]
-    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: wrong)
-    encoding._say.cache_clear()
+    monkeypatch.setattr(encoder_of(tokenizer), "fast", wrong)
+    encoder._say.cache_clear()
     for _ in range(2):
         assert [ids.tolist() for ids in tokenize(tokenizer, texts)] == expected
     assert caplog.text.count("does not agree") == 1
@@ -153,8 +153,8 @@ def test_a_faster_encoder_that_disagrees_is_not_used_and_that_is_said_once(token
 
 def test_a_faster_encoder_that_fails_is_not_used(tokenizer, monkeypatch, caplog):
     expected = [ids.tolist() for ids in tokenize(tokenizer, TEXTS)]
-    monkeypatch.setattr(encoding, "_gigatoken", lambda tokenizer, special: object())
-    encoding._say.cache_clear()
+    monkeypatch.setattr(encoder_of(tokenizer), "fast", object())
+    encoder._say.cache_clear()
     assert [ids.tolist() for ids in tokenize(tokenizer, TEXTS)] == expected
     assert "gigatoken failed" in caplog.text
 
@@ -163,7 +163,7 @@ def test_a_faster_encoder_that_fails_is_not_used(tokenizer, monkeypatch, caplog)
 def test_every_document_with_text_is_enclosed(documents, bos):
     encoded = ragged([np.array(ids, np.int64) for ids in documents])
     expected = [([] if bos is None else [bos]) + ids + [1] if ids else [] for ids in documents]
-    assert [ids.tolist() for ids in encoding._enclose(encoded, bos, 1, np.uint16)] == expected
+    assert [ids.tolist() for ids in _enclose(encoded, bos, 1)] == expected
 
 
 def test_preparing_opens_a_tokenizer_without_torch(tokenizer, tmp_path):
