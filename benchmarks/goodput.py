@@ -10,7 +10,8 @@ chooses.
 
 The outside clock is this process's: it sees the drivers tell of each step for the first time, and measures from the end
 of a run's first step to the end of its last. Goodput by the outside clock is what the disturbed run made of what its
-twin made in as long a time. The ledger's goodput knows nothing of the twin. Both read somewhat higher than on machines
+twin made in as long a time. The ledger's goodput knows nothing of the twin, but takes the run's own calm steps for the
+undisturbed speed: ``speed_of_twins`` says how that compares with the twin's. Both read somewhat higher than on machines
 of their own: the head, which leads the restarts, takes no turns. The last line is one JSON object.
 """
 
@@ -138,7 +139,7 @@ def main() -> None:
         print("preparing the data", flush=True)
         machines.prepare(recipe(machines.storage, SIDES[0], max_steps, arguments.save_steps))
         (disturbed, undisturbed), kills, turns = train_both(machines, arguments, max_steps)
-        figures = Ledger.from_dict(disturbed.ledger()).figures(disturbed.recipe.ledger)
+        figures, twins = (Ledger.from_dict(run.ledger()).figures(run.recipe.ledger) for run in (disturbed, undisturbed))
         losses = [run.history("loss") for run in (disturbed, undisturbed)]
     last = max(disturbed.seen)
     steps, seconds = last - 1, disturbed.seconds(1, last)
@@ -146,6 +147,7 @@ def main() -> None:
     outside, share = steps / possible, turns.seconds[0] / sum(turns.seconds)
     common = min(last, max(undisturbed.seen))
     tokens = GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH
+    speeds = [own.undisturbed_tokens_per_s or 0.0 for own in (figures, twins)]
     lost = ", ".join(f"{cause} {part:.1%}" for cause, part in figures.lost.items())
     print(
         f"\n{GLOBAL_BATCH_SIZE} × {SEQUENCE_LENGTH} tokens a step, a checkpoint every {arguments.save_steps} steps, "
@@ -159,6 +161,7 @@ def main() -> None:
         ("loss", f"{losses[0][common]:.4f} at step {common:,}, undisturbed {losses[1][common]:.4f}"),
         ("goodput", f"{figures.goodput:.2%} by the ledger, {outside:.2%} by the outside clock"),
         ("lost", f"{lost}, by the ledger"),
+        ("speed", f"{speeds[0]:,.0f} tokens/s undisturbed by the ledger, {speeds[1]:,.0f} by the twin's ledger"),
     ):
         print(f"  {label:14} {text}")
     if abs(share - 0.5) > FAIR_SHARE or turns.idle > MOST_IDLE:
@@ -168,6 +171,7 @@ def main() -> None:
         "goodput": round(figures.goodput, 4),
         "goodput_outside": round(outside, 4),
         "difference_points": round(100 * (figures.goodput - outside), 2),
+        "speed_of_twins": round(speeds[0] / speeds[1], 4),
         "kills": kills,
         "restarts": figures.restarts,
         "lost_steps": figures.lost_steps,
