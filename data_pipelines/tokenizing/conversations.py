@@ -30,8 +30,8 @@ def render(
     Raises:
         UserError: the template refuses the conversation.
     """
-    said = "".join(message.role + message.content for message in conversation)
-    spelled = sorted({found for message in conversation for found in _spelled(encoder, message)})
+    said = "\x00".join(text for message in conversation for text in (message.role, message.content))
+    spelled = sorted(set(encoder.special.findall(said)))
     unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in said)
     masks = dict(zip(spelled, unused, strict=False))
 
@@ -54,7 +54,7 @@ def render(
             "another tokenizer."
         ) from error
     named = encoder.special.sub(lambda match: encoder.names[match[0]], str(rendered))
-    return named.translate({ord(mask): spelling for spelling, mask in masks.items()})
+    return named.translate({ord(mask): spelling for spelling, mask in masks.items()}) if masks else named
 
 
 def render_bordered(tokenizer: "PreTrainedTokenizerFast", encoder: Encoder, conversation: tuple[Turn, ...]) -> str:
@@ -87,7 +87,3 @@ def _trained_spans(
                     "another tokenizer."
                 )
             yield len(before), len(after)
-
-
-def _spelled(encoder: Encoder, message: Turn) -> list[str]:
-    return [*encoder.special.findall(message.role), *encoder.special.findall(message.content)]
