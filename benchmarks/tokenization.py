@@ -69,7 +69,8 @@ def write_files(folder: Path, texts: list[str], size: int) -> int:
 
 def ours(folder: Path, storage: Storage) -> tuple[float, int, Plan]:
     """Seconds, tokens without BOS and EOS, and the plan of one preparation."""
-    recipe = DataRecipe({"text": SourceRecipe(f"{folder}/text/*.jsonl", 1.0)}, held_out_sequences=0, max_tasks=CORES)
+    sources = {"text": SourceRecipe(f"{folder}/text/*.jsonl", 1.0)}
+    recipe = DataRecipe(sources, held_out_sequences=0, packing="stream", max_tasks=CORES)
     started = time.perf_counter()
     plan = make_plan(recipe, TokenizerRecipe(str(folder / "tokenizer")), storage)
     progress = prepare(plan, storage)
@@ -87,7 +88,7 @@ def our_stream(plan: Plan, storage: Storage) -> np.ndarray:
             if record is None:
                 raise RuntimeError(f"Part {part} of {file.path} was not prepared.")
             shard = open_shard(storage.local(shard_name(key, part)), record)
-            pieces.append(shard.tokens.ravel()[: shard.length])
+            pieces.append(shard.tokens.ravel()[: shard.lengths.sum()])
             part, last = part + 1, record.last
     return np.concatenate(pieces)
 

@@ -25,6 +25,7 @@ from doge.common.storage import Storage
 from doge.common.words import count, listed
 
 SHARDS_PER_ROUND = 16  # at least; times the shards that are made at the same time
+MUCH_PADDING, ENOUGH_ROWS = 0.05, 200  # part of the tokens, and sequences that tell it
 SAVE_INTERVAL = 30.0  # seconds between two snapshots of the catalog
 
 Address = tuple[str, int, int]  # (source, file, part)
@@ -107,26 +108,28 @@ def missing_shards(plan: Plan, order: Order, catalog: Catalog, needed: dict[str,
     wanted: list[tuple[float, Address]] = []
     for name, source in order.sources.items():
         _extend(source, needed[name])
-        if source.finished or source.rows >= needed[name]:
+        if source.has(needed[name]):
             continue
         records = catalog.records(name)
         rows_per_shard = sum(record.rows for record in records.values()) / len(records) if records else inf
+        kept_per_shard = sum(record.held_out_rows for record in records.values()) / len(records) if records else inf
         parts = [part + 1 for (_, part), record in records.items() if record.last]
         parts_per_file = ceil(sum(parts) / len(parts)) if parts else inf
-        position, found = float(source.rows), 0
+        position, kept, found = float(source.training_rows), float(source.held_out_rows), 0
         for group in _groups_ahead(source, parts_per_file, catalog):
-            if position >= needed[name] or found >= limit:
+            if (position >= needed[name] and kept >= source.held_out) or found >= limit:
                 break
             missing = [address for address in group if catalog(*address) is None]
             wanted += [(position / plan.units[name], address) for address in missing]
             position += rows_per_shard * len(group)
+            kept += kept_per_shard * len(group)
             found += len(missing)
     return [address for _, address in sorted(wanted, key=lambda entry: entry[0])[:limit]]
 
 
 def _extend(source: SourceOrder, needed: float) -> None:
     try:
-        while not source.finished and source.rows < needed:
+        while not source.has(needed):
             source.extend()
     except NotReady:
         return
@@ -205,6 +208,8 @@ class _Preparation:
                     break
         self.catalog.save()
         self._say_what_is_left_out()
+        self._say_what_is_padding()
+        self._say_what_is_not_held_out()
         progress = self._progress()
         on_progress(progress)
         return progress
@@ -253,6 +258,28 @@ class _Preparation:
         if phrases:
             _log.warning("data.skip_unreadable leaves out %s.", listed(phrases))
 
+    def _say_what_is_not_held_out(self) -> None:
+        self.order.check_held_out()
+        short = [source for source in self.order.sources.values() if source.finished and not source.has_held_out]
+        if short:
+            each = [f"{source.name} {source.held_out_rows} of {source.held_out}" for source in short]
+            _log.warning(
+                "The held-out set is smaller than data.held_out_sequences (%s): raise data.held_out_fraction for more.",
+                listed(each),
+            )
+
+    def _say_what_is_padding(self) -> None:
+        for name in self.plan.units:
+            records = self.catalog.records(name).values()
+            room = sum(record.rows + record.held_out_rows for record in records) * self.plan.recipe.sequence_length
+            padding = 1 - sum(record.tokens for record in records) / room if room else 0.0
+            if padding > MUCH_PADDING and room > ENOUGH_ROWS * self.plan.recipe.sequence_length:
+                _log.warning(
+                    "%.0f %% of the sequences of the source %s is padding, for its documents do not fit together: set "
+                    "--data.packing stream, or another --data.sequence-length.",
+                    *(100 * padding, name),
+                )
+
     def _fraction(self) -> float:
         total = 0.0
         for name, source in self.order.sources.items():
@@ -262,8 +289,12 @@ class _Preparation:
                 ended = sum(record.last for record in self.catalog.records(name).values())
                 fraction = ended / len(self.plan.files[name])
             else:
-                rows = sum(record.rows for record in self.catalog.records(name).values())
-                fraction = min(1.0, rows / max(1.0, self.needed[name]))
+                records = self.catalog.records(name).values()
+                fraction = min(
+                    1.0,
+                    sum(record.rows for record in records) / max(1.0, self.needed[name]),
+                    sum(record.held_out_rows for record in records) / source.held_out if source.held_out else 1.0,
+                )
             total += fraction * self.plan.units[name]
         return total / sum(self.plan.units.values())
 

@@ -5,9 +5,9 @@
 *Mixture.* A periodic table of 1,000 slots says which source serves a global slot; in every prefix each source is less
 than one sequence away from its share. *Groups.* A source's files are taken in stripes of ``files_per_stripe``; part p
 of every file of a stripe makes a group, in which a keyed permutation deals the rows. An index therefore needs only the
-groups up to its own, however far tokenizing has got elsewhere. *Held out.* The first ``held_out_sequences`` slots are
-not trained on: their rows are the first ones of each source's first groups under a permutation of their own, and
-training deals only the rest, in every epoch.
+groups up to its own, however far tokenizing has got elsewhere. *Held out.* A shard has its held-out documents in rows
+of their own, behind the others, which training never deals. Slots of the same mixture and groups of the same kind say
+which of them make the held-out set.
 
 No Ray, no torch, no files: a function ``find_shard(source, file, part)`` says what is known about a shard.
 """
@@ -26,7 +26,11 @@ class Shard(Protocol):
 
     @property
     def rows(self) -> int:
-        """Sequences of the shard."""
+        """Sequences that are trained on."""
+
+    @property
+    def held_out_rows(self) -> int:
+        """Sequences of held-out documents, behind those."""
 
     @property
     def last(self) -> bool:
@@ -53,14 +57,27 @@ class NotReady(Exception):
         self.source, self.file, self.part = source, file, part
 
 
+class NothingHeldOut(LookupError):
+    """A source holds fewer sequences out than its share of the held-out set."""
+
+
 class _Group(NamedTuple):
     shards: list[tuple[int, int]]  # (file, part)
-    ends: list[int]  # rows up to and including each shard
-    held_out: int  # of those rows
+    ends: list[int]  # training rows up to and including each shard
+    held_out_ends: list[int]  # held-out rows, likewise
 
     def row(self, index: int) -> tuple[int, int, int]:
         shard = bisect_right(self.ends, index)
-        return *self.shards[shard], index - (self.ends[shard - 1] if shard else 0)
+        return *self.shards[shard], index - _before(self.ends, shard)
+
+    def held_out_row(self, index: int) -> tuple[int, int, int]:
+        shard = bisect_right(self.held_out_ends, index)
+        trained = self.ends[shard] - _before(self.ends, shard)
+        return *self.shards[shard], trained + index - _before(self.held_out_ends, shard)
+
+
+def _before(ends: list[int], place: int) -> int:
+    return ends[place - 1] if place else 0
 
 
 class SourceOrder:
@@ -86,9 +103,18 @@ class SourceOrder:
         return self._training_ends[-1] if self._training_ends else 0
 
     @property
-    def rows(self) -> int:
-        """Sequences in the known groups, held-out ones included."""
-        return self.training_rows + (self._held_out_ends[-1] if self._held_out_ends else 0)
+    def held_out_rows(self) -> int:
+        """Held-out sequences in the known groups."""
+        return self._held_out_ends[-1] if self._held_out_ends else 0
+
+    def has(self, training_rows: float) -> bool:
+        """Whether the known groups hold so many training sequences and the whole held-out set, or all that there is."""
+        return self.finished or (self.training_rows >= training_rows and self.has_held_out)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the known groups hold this source's share of the held-out set."""
+        return self.held_out_rows >= self.held_out
 
     @property
     def next_group(self) -> list[tuple[int, int]]:
@@ -101,25 +127,24 @@ class SourceOrder:
 
     def extend(self) -> None:
         """Learn one more group. Raises NotReady while one of its shards is missing."""
-        shards, ends, still_open, rows = [], [], [], 0
+        group, still_open = _Group([], [], []), []
         for file, part in self.next_group:
             shard = self._find_shard(self.name, file, part)
             if shard is None:
                 raise NotReady(self.name, file, part)
-            rows += shard.rows
-            shards.append((file, part))
-            ends.append(rows)
+            group.shards.append((file, part))
+            group.ends.append(shard.rows + _before(group.ends, len(group.ends)))
+            group.held_out_ends.append(shard.held_out_rows + _before(group.held_out_ends, len(group.held_out_ends)))
             if not shard.last:
                 still_open.append(file)
-        known_held_out = self._held_out_ends[-1] if self._held_out_ends else 0
-        taken = min(rows, self.held_out - known_held_out)
-        self._groups.append(_Group(shards, ends, taken))
-        self._held_out_ends.append(known_held_out + taken)
-        self._training_ends.append(self.training_rows + rows - taken)
+        self._groups.append(group)
+        self._training_ends.append(self.training_rows + group.ends[-1])
+        self._held_out_ends.append(self.held_out_rows + group.held_out_ends[-1])
         self._open, self._part = still_open, self._part + 1
         if not still_open:
             self._stripe, self._part = self._stripe + 1, 0
             self._open = [] if self.finished else list(self._stripes[self._stripe])
+        self._check_size()
 
     def training(self, position: int) -> Sample:
         """Locate the ``position``-th training sequence of this source; each epoch deals the rows anew."""
@@ -128,30 +153,25 @@ class SourceOrder:
         self._check_size()
         epoch, position = divmod(position, self.training_rows) if self.finished else (0, position)
         number = bisect_right(self._training_ends, position)
-        group = self._groups[number]
-        rows = group.ends[-1]
-        index = position - (self._training_ends[number - 1] if number else 0)
-        index = permute(index, rows - group.held_out, self._seed, self.name, number, epoch)
-        if group.held_out:
-            index = permute(group.held_out + index, rows, self._seed, self.name, number, "held out")
-        return Sample(self.name, *group.row(index))
+        group, index = self._groups[number], position - _before(self._training_ends, number)
+        return Sample(self.name, *group.row(permute(index, group.ends[-1], self._seed, self.name, number, epoch)))
 
     def held_out_row(self, position: int) -> Sample:
-        """Locate the ``position``-th held-out sequence of this source."""
-        while (self._held_out_ends[-1] if self._held_out_ends else 0) <= position and not self.finished:
+        """Locate the ``position``-th held-out sequence of this source. Raises NothingHeldOut if there are fewer."""
+        while self.held_out_rows <= position and not self.finished:
             self.extend()
-        self._check_size()
+        if position >= self.held_out_rows:
+            raise NothingHeldOut(self.name)
         number = bisect_right(self._held_out_ends, position)
-        index = position - (self._held_out_ends[number - 1] if number else 0)
-        group = self._groups[number]
-        index = permute(index, group.ends[-1], self._seed, self.name, number, "held out")
-        return Sample(self.name, *group.row(index))
+        group, index = self._groups[number], position - _before(self._held_out_ends, number)
+        index = permute(index, group.held_out_ends[-1], self._seed, self.name, number, "held out")
+        return Sample(self.name, *group.held_out_row(index))
 
     def _check_size(self) -> None:
         if self.finished and self.training_rows == 0:
             raise UserError(
-                f"The source {self.name!r} holds {self.rows} sequences, and its share of data.held_out_sequences "
-                f"({self.held_out}) leaves none to train on: lower data.held_out_sequences or add text."
+                f"The source {self.name!r} has no sequence to train on ({self.held_out_rows} are held out): lower "
+                "data.held_out_fraction or add text."
             )
 
 
@@ -187,22 +207,36 @@ class Order:
 
     def training(self, index: int) -> Sample:
         """Locate training sequence ``index``, from 0 without end. Raises NotReady while a shard is missing."""
-        source, position = self.mixture.locate(index + self.held_out_sequences)
-        order = self.sources[source]
-        return order.training(position - order.held_out)
+        source, position = self.mixture.locate(index)
+        return self.sources[source].training(position)
 
     def held_out(self, index: int) -> Sample:
         """Locate held-out sequence ``index``.
 
         Raises:
             NotReady: a shard is missing.
+            NothingHeldOut: its source has fewer.
+            UserError: no source has any.
             IndexError: ``index`` is not in ``range(held_out_sequences)``.
         """
         if not 0 <= index < self.held_out_sequences:
             raise IndexError(f"held-out sequence {index} is not in range({self.held_out_sequences})")
         source, position = self.mixture.locate(index)
-        return self.sources[source].held_out_row(position)
+        try:
+            return self.sources[source].held_out_row(position)
+        except NothingHeldOut:
+            self.check_held_out()
+            raise
+
+    def check_held_out(self) -> None:
+        """Raise UserError if it is known that no source holds any sequence out, although some are wanted."""
+        sources = self.sources.values()
+        if self.held_out_sequences and all(source.finished and not source.held_out_rows for source in sources):
+            raise UserError(
+                "No document of any source is held out, and data.held_out_sequences is "
+                f"{self.held_out_sequences}: raise data.held_out_fraction, add text, or set that to 0."
+            )
 
     def rows_needed(self, source: str, training_sequences: int) -> int:
-        """Count the rows of ``source`` that the held-out set and ``training_sequences`` need, repeated ones too."""
-        return self.mixture.count(source, self.held_out_sequences + training_sequences)
+        """Count the training rows of ``source`` among ``training_sequences``, repeated ones too."""
+        return self.mixture.count(source, training_sequences)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.feed import ReadAhead
-from data_pipelines.order.order import NotReady, Sample
+from data_pipelines.order.order import NothingHeldOut, NotReady, Sample
 from data_pipelines.order.patience import Patience
 from data_pipelines.order.plan import load_plan
 from data_pipelines.tokenizing.packing import model_inputs
@@ -112,6 +113,7 @@ class PackedSequences:
     def read(self, start: int, stop: int, stopped: threading.Event | None = None) -> Sequences:
         """Read the sequences ``[start, stop)`` and wait for those that are not prepared yet, or a storage that is away.
 
+        Held-out ones are left out where a source has fewer than its share.
         Where ``stopped`` is set meanwhile, the wait ends, and sequences may be missing.
 
         Raises:
@@ -133,10 +135,11 @@ class PackedSequences:
         """The sequences ``[start, stop)``; fewer if ``stopped`` is set while waiting for one of them."""
         samples = []
         for index in range(start, stop):
-            sample = self._wait_for(index, stopped)
-            if sample is None:
-                break
-            samples.append(sample)
+            with suppress(NothingHeldOut):
+                sample = self._wait_for(index, stopped)
+                if sample is None:
+                    break
+                samples.append(sample)
         return self._load(samples, stopped)
 
     def _wait_for(self, index: int, stopped: threading.Event) -> Sample | None:

@@ -22,14 +22,16 @@ from doge.common.errors import UserError
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 SCHEME = "python-installation://"
+GROUP_COLUMN = "module"  # of every row: where its text is from
 PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "sklearn", "matplotlib", "ray", "pyarrow", "networkx")
 KINDS = ("prose", "conversation", "code", "arithmetic")
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "ensurepip", "test", "tests", "_vendor", "testing"}
 LARGEST_MODULE = 300_000  # bytes; a larger module is a table
-FILES = {"prose": 32, "conversation": 16, "code": 4, "arithmetic": 4}  # few shards are quick, large ones pad little
+LARGEST_CODE = 40_000  # of a module whose code is a document, so that there are many
+FILES = {"prose": 8, "conversation": 4, "code": 2, "arithmetic": 1}  # many shards are soon there, large ones pad little
 YIELD = {"prose": 0.25, "conversation": 0.35, "code": 1.0}  # bytes of text per byte of source, roughly
-PROBLEMS = 20  # in a document of arithmetic
-DOCUMENT_BYTES = 1200  # of a document of arithmetic, roughly
+PROBLEMS = 20  # in a document of arithmetic, at most
+DOCUMENT_BYTES = 600  # of a document of arithmetic, roughly
 
 
 def list_files(path: str, max_bytes: int) -> list[tuple[str, int, str]]:
@@ -53,7 +55,7 @@ def identity(name: str) -> str:
     """Hex sha256 of everything that the rows of a virtual file depend on."""
     kind, start, stop, max_bytes = _parse(name)
     if kind == "arithmetic":
-        return hashlib.sha256(f"arithmetic 1 {start} {stop}".encode()).hexdigest()
+        return hashlib.sha256(f"arithmetic 2 {start} {stop}".encode()).hexdigest()
     digest = hashlib.sha256(f"{kind} 1".encode())
     for module, path in _modules(kind, max_bytes)[start:stop]:
         digest.update(f"{module}\x00".encode() + hashlib.sha256(Path(path).read_bytes()).digest())
@@ -61,16 +63,18 @@ def identity(name: str) -> str:
 
 
 def rows(name: str) -> Iterator[dict[str, str]]:
-    """Yield the rows of a virtual file, with ``text``, and with ``prompt`` for a conversation."""
+    """Yield the rows of a virtual file: ``text``, the ``module`` it is from, and ``prompt`` for a conversation."""
     kind, start, stop, max_bytes = _parse(name)
     if kind == "arithmetic":
-        yield from ({"text": _arithmetic(number)} for number in range(start, stop))
+        yield from (
+            {"text": _arithmetic(number), GROUP_COLUMN: f"arithmetic {number}"} for number in range(start, stop)
+        )
         return
     make = {"prose": _prose, "conversation": _conversations, "code": _code}[kind]
     for module, path in _modules(kind, max_bytes)[start:stop]:
         try:
             source = Path(path).read_text("utf-8")
-            yield from make(module, source)
+            yield from ({GROUP_COLUMN: module} | row for row in make(module, source))
         except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
             continue  # a test file for broken syntax, or one written for another version
 
@@ -93,6 +97,7 @@ def _modules(kind: str, max_bytes: int) -> list[tuple[str, str]]:
     else:
         standard = sysconfig.get_path("stdlib")
         chosen = [entry for entry in available if entry[1].startswith(standard) and entry not in topics]
+        chosen = [entry for entry in chosen if Path(entry[1]).stat().st_size < LARGEST_CODE]
     budget, modules = max_bytes / YIELD[kind], []
     for module, path in chosen:
         if budget <= 0:
@@ -145,7 +150,7 @@ def _prose(module: str, source: str) -> Iterator[dict[str, str]]:
         table = tree.body[-1]
         assert isinstance(table, ast.Assign)
         for topic, entry in sorted(ast.literal_eval(table.value).items()):
-            yield {"text": f"{topic}\n\n{entry}"}
+            yield {"text": f"{topic}\n\n{entry}", GROUP_COLUMN: f"{module} {topic}"}
         return
     parts = [f"{module}\n\n{text}"] if (text := ast.get_docstring(tree)) else []
     for name, node in _definitions(tree, f"{module}."):
@@ -175,9 +180,9 @@ def _code(module: str, source: str) -> Iterator[dict[str, str]]:
 
 
 def _arithmetic(number: int) -> str:
-    """Make twenty worked problems, a pure function of ``number``."""
+    """Make up to twenty worked problems, a pure function of ``number``."""
     source = random.Random(f"arithmetic {number}")
-    return "\n\n".join(source.choice(_PROBLEMS)(source) for _ in range(PROBLEMS))
+    return "\n\n".join(source.choice(_PROBLEMS)(source) for _ in range(source.randint(1, PROBLEMS)))
 
 
 def _sum(source: random.Random) -> str:

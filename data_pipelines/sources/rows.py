@@ -120,11 +120,11 @@ def make_documents(source: SourceRecipe, file: InputFile, part: Part, skip_unrea
     rows: dict[int, Row] = {}
     for at, row in enumerate(parsed):
         if not isinstance(row, OddRow):
-            missing = [column for column in source.reader.columns if column not in row]
+            missing = [column for column in source.columns if column not in row]
             if missing:
                 odd[at] = f"has no column {missing[0]!r}, only {', '.join(row) or 'an empty object'}"
             else:
-                rows[at] = {column: row[column] for column in source.reader.columns}
+                rows[at] = {column: row[column] for column in source.columns}
     made = dict(zip(rows, _documents(source.reader, list(rows.values())), strict=True))
     for at, document in made.items():
         if isinstance(document, RowError):
@@ -138,6 +138,16 @@ def make_documents(source: SourceRecipe, file: InputFile, part: Part, skip_unrea
         )
     good = {at: document for at, document in made.items() if not isinstance(document, RowError)}
     return Documents([rows[at] for at in good], list(good.values()), skipped)
+
+
+def document_groups(source: SourceRecipe, made: Documents) -> list[str]:
+    """What decides whether each document is held out: the value of the source's group column, or its own text."""
+    if source.group is not None:
+        return [str(row[source.group]) for row in made.rows]
+    return [
+        document if isinstance(document, str) else "\x00".join(f"{turn.role}\x00{turn.content}" for turn in document)
+        for document in made.documents
+    ]
 
 
 def _parse(raw: RawRow) -> dict[str, Any] | OddRow:
@@ -178,7 +188,7 @@ def _rows(source: SourceRecipe, file: InputFile, start: int, offset: int) -> Ite
         with reaching():
             filesystem, path = open_place(file.path)
             check_unchanged(file, filesystem, path)
-        yield from raw_rows(filesystem, path, source.reader.columns, start, offset)
+        yield from raw_rows(filesystem, path, source.columns, start, offset)
     except UserError:
         raise
     except Exception as error:  # each filesystem and each library raises its own kinds

@@ -1,9 +1,10 @@
 """The recipe of the data: its sources and how their text becomes numbered training sequences."""
 
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from data_pipelines.formats.base import Format, format_class, nearest, option_names
-from data_pipelines.sources.embedded import SCHEME
+from data_pipelines.sources.embedded import GROUP_COLUMN, SCHEME
 from doge.common.errors import UserError
 
 
@@ -23,6 +24,8 @@ class SourceRecipe:
         prompt_column: column with the user's turn of a conversation.
         blob_column: column with the Software Heritage id of a file.
         blob_url: directory with one gzipped file per Software Heritage id.
+        group_column: column whose value tells which documents belong together, such as a repository or an article:
+            they are held out together. By default each text is by itself (and a Python installation's go by module).
         max_bytes: size of a ``python-installation`` source: about how many bytes of text it holds.
         options: values of the format's options that have no key of their own here.
     """
@@ -34,6 +37,7 @@ class SourceRecipe:
     prompt_column: str = "prompt"
     blob_column: str = "blob_id"
     blob_url: str = "https://softwareheritage.s3.amazonaws.com/content"
+    group_column: str | None = None
     max_bytes: int = 1_000_000
     options: dict[str, str] = field(default_factory=dict)
 
@@ -49,6 +53,17 @@ class SourceRecipe:
         """The source's format with its options."""
         own = {name: getattr(self, name) for name in option_names(self.format) & _keys()}
         return format_class(self.format)(**own, **self.options)
+
+    @property
+    def group(self) -> str | None:
+        """The column whose value documents share that are held out together."""
+        return GROUP_COLUMN if self.path.startswith(SCHEME) and self.group_column is None else self.group_column
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a row that are kept."""
+        own = self.reader.columns
+        return own if self.group is None or self.group in own else [*own, self.group]
 
     @property
     def reads(self) -> list[str]:
@@ -77,7 +92,11 @@ class DataRecipe:
         sources: sources of the mixture by name. Default: the Python installation itself, which needs no download.
         sequence_length: tokens of a training sequence.
         seed: seed of the order of the sequences.
-        held_out_sequences: sequences that are never trained on, shared out over the sources like training.
+        held_out_sequences: sequences that a model is evaluated on, shared out over the sources like training; 0 holds
+            nothing out.
+        held_out_fraction: part of all documents that is never trained on, from which those sequences come.
+        packing: how documents become sequences. ``best_fit`` cuts only those that are longer than a sequence, and each
+            piece begins with BOS; ``stream`` cuts wherever a sequence ends, and fills all of it.
         documents_per_shard: documents that one task tokenizes and one shard holds.
         files_per_stripe: files of a source whose sequences are mixed with one another; training on a source starts
             when the first shard of each is prepared.
@@ -91,6 +110,8 @@ class DataRecipe:
     sequence_length: int = 2048
     seed: int = 233
     held_out_sequences: int = 1000
+    held_out_fraction: float = 0.01
+    packing: Literal["best_fit", "stream"] = "best_fit"
     documents_per_shard: int = 4096
     files_per_stripe: int = 8
     skip_unreadable: bool = False
@@ -109,3 +130,14 @@ class DataRecipe:
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} must be at least {least}, not {getattr(self, name)}.")
+        if not 0 <= self.held_out_fraction < 1:
+            raise UserError(f"data.held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}.")
+        if self.held_out_sequences and not self.held_out_fraction:
+            raise UserError(
+                "data.held_out_fraction is 0, but data.held_out_sequences is not: set both to 0 to hold nothing out."
+            )
+
+    @property
+    def holds_out(self) -> float:
+        """The part of all documents that is held out."""
+        return self.held_out_fraction if self.held_out_sequences else 0.0

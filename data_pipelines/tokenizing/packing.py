@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 IGNORE_INDEX = -100  # the label that transformers' losses skip
 
@@ -31,6 +32,12 @@ class Ragged:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[item] for item in range(len(self)))
 
+    def chosen(self, mask: np.ndarray) -> "Ragged":
+        """The items where ``mask`` (items,) is True."""
+        inside = np.repeat(mask, self.lengths)
+        trained = None if self.trained is None else self.trained[inside]
+        return Ragged(self.values[inside], self.lengths[mask], trained)
+
 
 def ragged(arrays: Sequence[np.ndarray] | Ragged) -> Ragged:
     """Put arrays end to end; a Ragged is returned as it is."""
@@ -47,15 +54,28 @@ class Packed(NamedTuple):
         tokens: (rows, sequence_length) uint16, or uint32 for a vocabulary above 65,536.
         starts: (segments,) int32, columns at which a segment starts, row after row; a row always starts one.
         offsets: (rows + 1,) int32; ``starts[offsets[r]:offsets[r + 1]]`` belong to row r.
-        length: tokens of all rows without the padding that fills the last one.
+        lengths: (rows,) int32, tokens of a row before its padding.
         trained: (rows, sequence_length) uint8, 0 for tokens that are not predicted; None if all are.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
-    length: int
+    lengths: np.ndarray
     trained: np.ndarray | None = None
+
+    def __add__(self, more: "Packed") -> "Packed":  # type: ignore[override]
+        """The rows of both."""
+        trained = None
+        if self.trained is not None and more.trained is not None:
+            trained = np.concatenate([self.trained, more.trained])
+        return Packed(
+            tokens=np.concatenate([self.tokens, more.tokens]),
+            starts=np.concatenate([self.starts, more.starts]),
+            offsets=np.concatenate([self.offsets, more.offsets[1:] + self.offsets[-1]]),
+            lengths=np.concatenate([self.lengths, more.lengths]),
+            trained=trained,
+        )
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -63,11 +83,8 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def pack(
-    documents: Sequence[np.ndarray] | Ragged,
-    sequence_length: int,
-    pad_id: int,
-    dtype: np.typing.DTypeLike = np.uint16,
+def pack_stream(
+    documents: Sequence[np.ndarray] | Ragged, sequence_length: int, pad_id: int, dtype: npt.DTypeLike
 ) -> Packed:
     """Cut the stream of the documents' tokens into rows.
 
@@ -97,7 +114,7 @@ def pack(
         tokens=stream.reshape(rows, sequence_length),
         starts=(starts % sequence_length).astype(np.int32),
         offsets=np.searchsorted(starts, np.append(row_starts, len(stream))).astype(np.int32),
-        length=length,
+        lengths=np.minimum(length - row_starts, sequence_length).astype(np.int32),
         trained=trained,
     )
 

@@ -3,8 +3,10 @@
 A shard is addressed by a key, the hash of (content of the input file, format, tokenizer, packing), and a part: part p
 holds the documents ``[p * documents_per_shard, (p + 1) * documents_per_shard)`` of the file.
 
-    shards/KEY/00003.arrow   one Arrow record batch, uncompressed so that it can be memory-mapped:
-                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>;
+    shards/KEY/00003.arrow   one Arrow record batch, uncompressed so that it can be memory-mapped, the rows of held-out
+                             documents behind the others:
+                             tokens: fixed_size_list<uint16 or uint32>[sequence_length], starts: list<int32>,
+                             lengths: int32 (tokens before the padding);
                              trained: fixed_size_list<uint8>[sequence_length], if some tokens are not predicted
     shards/KEY/00003.json    the commit record, written after it
 """
@@ -18,10 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data_pipelines.sources.files import InputFile, layout
-from data_pipelines.sources.rows import Part, make_documents, read_parts
+from data_pipelines.sources.rows import Part, document_groups, make_documents, read_parts
 from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
+from data_pipelines.tokenizing.best_fit import pack_best_fit
 from data_pipelines.tokenizing.encoding import tokenize
-from data_pipelines.tokenizing.packing import Packed, pack
+from data_pipelines.tokenizing.held_out import held_out
+from data_pipelines.tokenizing.packing import Packed, Ragged, pack_stream
 from doge.common.storage import Storage, sha256
 
 if TYPE_CHECKING:
@@ -35,8 +39,9 @@ class ShardRecord:
     """The commit record of a shard.
 
     Args:
-        rows: number of sequences.
-        tokens: tokens of all documents, without the last row's padding.
+        rows: number of sequences to train on.
+        held_out_rows: number of sequences of held-out documents, behind those.
+        tokens: tokens of all rows, without padding.
         documents: documents with text.
         bytes: size of the Arrow file.
         sha256: hash of the Arrow file.
@@ -47,6 +52,7 @@ class ShardRecord:
     """
 
     rows: int
+    held_out_rows: int
     tokens: int
     documents: int
     bytes: int
@@ -68,6 +74,8 @@ def shard_key(recipe: DataRecipe, source: SourceRecipe, file: InputFile, tokeniz
         "tokenizer": tokenizer_fingerprint,
         "sequence_length": recipe.sequence_length,
         "documents_per_shard": recipe.documents_per_shard,
+        "packing": recipe.packing,
+        "held_out": [recipe.holds_out, source.group] if recipe.holds_out else 0.0,
     }
     return hashlib.sha256(json.dumps(address, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -121,8 +129,9 @@ def make_shard(
     """
     made = make_documents(source, file, part, recipe.skip_unreadable)
     ids = tokenize(tokenizer, made.documents)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    packed = pack(ids, recipe.sequence_length, pad, ids.values.dtype)
+    apart = held_out(document_groups(source, made), recipe.holds_out)
+    training, kept = (pack(recipe, ids.chosen(mask), tokenizer) for mask in (~apart, apart))
+    packed = training + kept
     committed: dict[str, Any] = {}
 
     def fill(path: str) -> None:
@@ -133,8 +142,9 @@ def make_shard(
 
     storage.write(shard_name(key, part.number), fill)
     record = ShardRecord(
-        rows=len(packed.tokens),
-        tokens=packed.length,
+        rows=len(training.tokens),
+        held_out_rows=len(kept.tokens),
+        tokens=int(packed.lengths.sum()),
         documents=int(np.count_nonzero(ids.lengths)),
         last=part.last,
         end=part.end,
@@ -146,13 +156,20 @@ def make_shard(
     return record
 
 
+def pack(recipe: DataRecipe, documents: Ragged, tokenizer: "PreTrainedTokenizerFast") -> Packed:
+    """Pack documents into rows as the recipe says."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    how = (documents, recipe.sequence_length, pad, documents.values.dtype)
+    return pack_stream(*how) if recipe.packing == "stream" else pack_best_fit(*how, tokenizer.bos_token_id)
+
+
 def write_arrow(path: str, packed: Packed) -> None:
     """Write packed rows as an Arrow file that can be memory-mapped."""
     import pyarrow as pa
 
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(packed.tokens.ravel()), packed.tokens.shape[1])
     starts = pa.ListArray.from_arrays(pa.array(packed.offsets), pa.array(packed.starts))
-    columns = {"tokens": tokens, "starts": starts}
+    columns = {"tokens": tokens, "starts": starts, "lengths": pa.array(packed.lengths)}
     if packed.trained is not None:
         columns["trained"] = pa.FixedSizeListArray.from_arrays(pa.array(packed.trained.ravel()), tokens.type.list_size)
     batch = pa.record_batch(list(columns.values()), names=list(columns))
@@ -166,15 +183,14 @@ class OpenShard(NamedTuple):
     tokens: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
-    length: int
+    lengths: np.ndarray
     trained: np.ndarray | None
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | None]:
         """Return (tokens, segment starts, number of tokens before padding, trained or None) of one sequence."""
         starts = self.starts[self.offsets[row] : self.offsets[row + 1]]
-        width = self.tokens.shape[1]
         trained = None if self.trained is None else self.trained[row]
-        return self.tokens[row], starts, min(width, self.length - row * width), trained
+        return self.tokens[row], starts, int(self.lengths[row]), trained
 
 
 class Damaged(Exception):
@@ -200,6 +216,6 @@ def open_shard(path: str, record: ShardRecord) -> OpenShard:
         tokens=tokens.flatten().to_numpy().reshape(-1, width),
         starts=starts.values.to_numpy(),
         offsets=starts.offsets.to_numpy(),
-        length=record.tokens,
+        lengths=batch.column("lengths").to_numpy(),
         trained=trained,
     )

@@ -36,7 +36,8 @@ def small_recipe(storage: Path, texts: dict[str, str], **changes) -> Recipe:
         "tokenizer": {"vocab_size": 512, "training_bytes": 100_000},
         "data": {
             "sources": {name: {"path": path, "weight": 1} for name, path in texts.items()},
-            "sequence_length": 64, "held_out_sequences": 10, "documents_per_shard": 50, "files_per_stripe": 2,
+            "sequence_length": 64, "held_out_sequences": 10, "held_out_fraction": 0.1,
+            "documents_per_shard": 50, "files_per_stripe": 2,
         },
         "optimizer": {"lr": 3e-3},
         "lr_scheduler": {"warmup_steps": 5, "decay_steps": 10},

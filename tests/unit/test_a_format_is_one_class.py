@@ -47,7 +47,9 @@ def titled(monkeypatch):
 def recipe_of(folder, rows, **changes):
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {"path": str(folder / "a.jsonl"), "weight": 1, "format": "titled", "text_column": "body"} | changes
-    recipe = from_dict(DataRecipe, {"sources": {"a": values}, "sequence_length": 32, "held_out_sequences": 2})
+    recipe = from_dict(
+        DataRecipe, {"sources": {"a": values}, "sequence_length": 32, "held_out_sequences": 2, "held_out_fraction": 0.3}
+    )
     assert from_dict(DataRecipe, to_dict(recipe)) == recipe
     return recipe
 

@@ -54,7 +54,13 @@ def recipe(corpus):
         "chat": SourceRecipe(str(corpus / "chat-*.jsonl"), 1, "conversation"),
     }
     return DataRecipe(
-        sources, sequence_length=64, held_out_sequences=8, documents_per_shard=10, files_per_stripe=2, max_tasks=2
+        sources,
+        sequence_length=64,
+        held_out_sequences=8,
+        held_out_fraction=0.25,
+        documents_per_shard=10,
+        files_per_stripe=2,
+        max_tasks=2,
     )
 
 

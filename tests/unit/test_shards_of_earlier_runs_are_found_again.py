@@ -1,6 +1,7 @@
 """Frozen values: whoever changes them makes every shard in the world anew and stops every run from resuming."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from data_pipelines.order.plan import Plan
 from data_pipelines.sources.files import InputFile
 from data_pipelines.sources.source_recipe import DataRecipe
 from data_pipelines.tokenizing.encoding import tokenize
-from data_pipelines.tokenizing.packing import pack
+from data_pipelines.tokenizing.shards import pack
 from doge.common.config_tree import from_dict
 from doge.tokenizer.training import train_tokenizer
 
@@ -45,25 +46,25 @@ def recipe():
 def test_shard_keys_and_the_fingerprint_of_the_order_are_those_of_earlier_runs(recipe):
     plan = Plan(recipe, "tokenizers/given", "f" * 64, FILES)
     assert plan.keys == {
-        "web": ["766e2271d4d2e6805196ec2a21d972a2", "97148e8067fccd65f994fb5a3db35c56"],
-        "chat": ["b5d93a8d55bbc429433282232b3b086d"],
-        "code": ["be6b198102378991945fe74a2bf92e0d"],
-        "math": ["5c1de63a4e6650fabcdaa34d9b4716cd"],
+        "web": ["fc0be2988ae46cf2129d8e0262facba9", "1927f78ab145cc2cfd42a8ceb3c906e3"],
+        "chat": ["3e61e97e593b6b78e9e9a9dae037b4da"],
+        "code": ["d3636bd7c3e650f79baedb5f3f59a62c"],
+        "math": ["27dadbe366090a2583e23b2c5657f53b"],
     }
-    assert plan.fingerprint == "8813c209b62649e74f9e253c1d03c68508b9684c0c16060390ada03ae3326296"
+    assert plan.fingerprint == "b98838201113c9c9f9a73d07821c2fdd83ef2f5cfc2d0b4a2a278d1aea37eb2f"
 
 
 @pytest.mark.parametrize(
-    ("source", "length", "digest"),
+    ("source", "packing", "length", "digest"),
     [
-        ("web", 1274, "b75f21f3aac976eaf57d498b9651956403952e1726330c28a798d346add5a870"),
-        ("chat", 3767, "c23ba5a7ed3815a3345f508d9dbe2b8d03658b3af3939ea9e2efd8ed75fe5f6a"),
+        ("web", "stream", 1274, "a5853e450d3ffcd267af1db7337992ffa87542e4e5375623700f35a153668c54"),
+        ("chat", "best_fit", 3767, "92f486ff97ff42690d1990f02ac9d09fbdf2c210667613c370da70f4d48bf397"),
     ],
 )
-def test_equal_rows_become_equal_shards(recipe, source, length, digest):
+def test_equal_rows_become_equal_shards(recipe, source, packing, length, digest):
     reader, tokenizer = recipe.sources[source].reader, train_tokenizer(TEXTS, 320)
     rows = [{"text": text, "question": text[:20], "answer": text} for text in TEXTS]
     rows += [dict.fromkeys(("text", "question", "answer"), text) for text in (None, "", "a<|end_of_text|>b")]
-    packed = pack(tokenize(tokenizer, reader.documents(rows)), 64, 2)
-    content = b"".join(array.tobytes() for array in (packed.tokens, packed.starts, packed.offsets))
-    assert (packed.length, hashlib.sha256(content).hexdigest()) == (length, digest)
+    packed = pack(replace(recipe, packing=packing), tokenize(tokenizer, reader.documents(rows)), tokenizer)
+    content = b"".join(array.tobytes() for array in packed if array is not None)
+    assert (packed.lengths.sum(), hashlib.sha256(content).hexdigest()) == (length, digest)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.order.mixture import SLOTS, Mixture, mixture_units
-from data_pipelines.order.order import NotReady, Order
+from data_pipelines.order.order import NothingHeldOut, NotReady, Order
 from data_pipelines.order.permutation import file_order, permute
 from doge.common.errors import UserError
 
@@ -20,7 +20,13 @@ weights = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 100), min
 
 class Shard(NamedTuple):
     rows: int
+    held_out_rows: int
     last: bool
+
+
+def held_out_rows(rows: int) -> int:
+    """Of a made-up shard with so many rows in all."""
+    return -(-rows // 4)
 
 
 @st.composite
@@ -35,7 +41,8 @@ def catalog_of(corpus, known=lambda source, file, part: True):
     def catalog(source, file, part):
         rows = corpus[source][file]
         assert part < len(rows), "asked for a part past the end of a file"
-        return Shard(rows[part], part == len(rows) - 1) if known(source, file, part) else None
+        held_out = held_out_rows(rows[part])
+        return Shard(rows[part] - held_out, held_out, part == len(rows) - 1) if known(source, file, part) else None
 
     return catalog
 
@@ -90,21 +97,22 @@ def test_permutations_differ_by_key_and_have_no_memory_of_the_input():
     assert file_order(50, 233, "web") != file_order(50, 234, "web") != list(range(50))
 
 
-@given(corpora(), st.integers(0, 6), st.integers(1, 4), st.integers(0, 3))
+@given(corpora(), st.integers(0, 2), st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_each_row_is_dealt_once_an_epoch_and_held_out_rows_never(corpus, held_out, stripe, seed):
     order = order_of(corpus, seed=seed, held_out=held_out, stripe=stripe)
     kept = {order.held_out(index) for index in range(held_out)}
     assert len(kept) == held_out
-    every = {
-        (name, file, part, row)
-        for name, files in corpus.items()
-        for file, parts in enumerate(files)
-        for part, rows in enumerate(parts)
-        for row in range(rows)
-    }
+    behind, front = set(), set()
+    for name, files in corpus.items():
+        for file, parts in enumerate(files):
+            for part, rows in enumerate(parts):
+                first = rows - held_out_rows(rows)
+                front |= {(name, file, part, row) for row in range(first)}
+                behind |= {(name, file, part, row) for row in range(first, rows)}
+    assert kept <= behind
     for name, source in order.sources.items():
-        rows = {sample for sample in every if sample[0] == name} - kept
+        rows = {sample for sample in front if sample[0] == name}
         epochs = [[source.training(len(rows) * epoch + at) for at in range(len(rows))] for epoch in range(3)]
         for epoch in epochs:
             assert Counter(epoch) == Counter(rows)
@@ -112,7 +120,7 @@ def test_each_row_is_dealt_once_an_epoch_and_held_out_rows_never(corpus, held_ou
             assert epochs[0] != epochs[1] != epochs[2]
 
 
-@given(corpora(), st.integers(0, 6), st.randoms(use_true_random=False))
+@given(corpora(), st.integers(0, 2), st.randoms(use_true_random=False))
 @settings(max_examples=25, deadline=None)
 def test_samples_do_not_depend_on_how_far_tokenizing_has_got(corpus, held_out, chance):
     complete = order_of(corpus, held_out=held_out)
@@ -145,23 +153,45 @@ def test_training_starts_before_the_rest_is_prepared():
     corpus = {"a": [[10] * 5] * 6}
     first_group = {("a", 0, 0), ("a", 1, 0)}
     order = order_of(corpus, catalog_of(corpus, lambda *address: address in first_group))
-    assert len({order.training(index) for index in range(20)}) == 20
+    assert len({order.training(index) for index in range(14)}) == 14
     with pytest.raises(NotReady) as missing:
-        order.training(20)
+        order.training(14)
     assert (missing.value.file, missing.value.part) == (0, 1)
 
 
-def test_a_source_that_is_all_held_out_is_refused():
-    with pytest.raises(UserError, match="held_out_sequences"):
-        order_of({"a": [[5]]}, held_out=5).training(0)
+def test_a_source_with_nothing_to_train_on_is_refused():
+    with pytest.raises(UserError, match="no sequence to train on"):
+        order_of({"a": [[1]]}, held_out=1).training(0)
+
+
+def test_a_source_that_holds_too_little_out_gives_what_it_has():
+    order = order_of({"a": [[5]], "b": [[20]]}, held_out=8)
+    found = []
+    for index in range(8):
+        try:
+            found.append(order.held_out(index).source)
+        except NothingHeldOut:
+            found.append(None)
+    assert Counter(found) == {"a": 2, "b": 4, None: 2}
+
+
+def test_a_held_out_set_without_a_sequence_is_refused():
+    order = order_of({"a": [[5]]}, lambda *address: Shard(5, 0, True), held_out=3)
+    with pytest.raises(UserError, match="No document of any source is held out"):
+        order.held_out(0)
 
 
 def test_the_order_is_the_one_that_checkpoints_were_written_with():
     """Frozen values: whoever changes them breaks the resumption of every run in the world."""
-    order = order_of({"a": [[7, 5], [9]], "b": [[20]]}, held_out=4)
+
+    def catalog(source, file, part):
+        rows = {"a": [[7, 5], [9]], "b": [[20]]}[source][file]
+        return Shard(rows[part], 2, part == len(rows) - 1)
+
+    order = Order({"a": 500, "b": 500}, {"a": 2, "b": 1}, 233, 4, 2, catalog)
     assert [tuple(order.training(index)) for index in range(6)] == FROZEN_TRAINING
     assert [tuple(order.held_out(index)) for index in range(4)] == FROZEN_HELD_OUT
 
 
-FROZEN_TRAINING = [("a", 1, 0, 7), ("b", 0, 0, 18), ("a", 0, 0, 3), ("b", 0, 0, 10), ("a", 1, 0, 5), ("b", 0, 0, 13)]
-FROZEN_HELD_OUT = [("a", 0, 0, 2), ("b", 0, 0, 6), ("a", 1, 0, 1), ("b", 0, 0, 3)]
+FROZEN_TRAINING = [("a", 1, 0, 8), ("b", 0, 0, 9), ("a", 0, 0, 3), ("b", 0, 0, 6), ("a", 0, 0, 1), ("b", 0, 0, 1)]
+FROZEN_HELD_OUT = [("a", 1, 0, 10), ("b", 0, 0, 20), ("a", 0, 0, 7), ("b", 0, 0, 21)]
