@@ -110,7 +110,7 @@ def plain_loop(storage: str, name: str, steps: int, precision: str) -> list[floa
                     weight.grad = None
         torch.nn.utils.clip_grad_norm_(master.parameters(), run.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = run.optimizer.lr * run.lr_scheduler.factor(step, steps)
+            group["lr"] = group["initial_lr"] * run.lr_scheduler.factor(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         if model is not master:

@@ -147,7 +147,7 @@ class Recipe:
             ("model", f"{self.model.preset}, {parameters}, {layers}, vocabulary {config.vocab_size:,}"),
             ("data", ", ".join(f"{name} {source.weight:g}" for name, source in self.data.sources.items())),
             ("steps", f"{training.max_steps:,} × {batch} = {tokens / 1e6:,.1f}M tokens"),
-            ("optimizer", f"AdamW, peak learning rate {self.optimizer.lr:g}"),
+            ("optimizer", self.optimizer.describe()),
             ("schedule", f"{schedule.warmup_steps:,} steps of warm-up, {schedule.decay_steps:,} of decay to zero"),
             ("engine", f"DeepSpeed, {self.engine.describe_states()}, precision {self.engine.precision}"),
             ("memory", f"{states:,.2f} GiB of model and optimizer states on one worker, besides activations"),

@@ -26,6 +26,7 @@ from doge.training.deepspeed_internals import (
 )
 from doge.training.engine_recipe import EngineRecipe
 from doge.training.memory import OutOfMemory, fits, nothing_fits
+from doge.training.muon import check_whole
 from doge.training.objective import Batch, LossSum, Objective
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.state.train_state import (
@@ -83,10 +84,12 @@ class Engine:
         forget_engines()
         self._max_grad_norm = max_grad_norm = optimizer.max_grad_norm
         num_parameters = sum(p.numel() for p in model.parameters())
+        updates = optimizer.build(model)
+        check_whole(updates, self.zero_stage, self.world_size if replicas is None else 1)
         # DeepSpeed broadcasts the parameters from rank 0 and keeps its fp32 copies in the optimizer.
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
-            optimizer=optimizer.build(model),
+            optimizer=updates,
             config=deepspeed_config(self.zero_stage, self.dtype, 0.0 if replicas else max_grad_norm, num_parameters),
         )
         compiles = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
@@ -96,7 +99,6 @@ class Engine:
         self._abandoned = False
         self._passes = 0
         self.whole = True  # no update is half made
-        self._peak_lr = optimizer.lr
         self._grad_norm: float | torch.Tensor = torch.nan
         if self.zero_stage == 0 and replicas is None:  # DeepSpeed would clip, but not tell the norm
             self._engine.optimizer.register_step_pre_hook(self._clip(max_grad_norm))
@@ -241,7 +243,7 @@ class Engine:
                 self._clip_alike(totals.pop() / self.world_size, totals[0] / weight, max_loss)
             means = [total / weight for total in totals]
             for group in self._engine.optimizer.param_groups:
-                group["lr"] = self._peak_lr * lr_factor
+                group["lr"] = group["initial_lr"] * lr_factor
             self.whole = False
             if not fits(self._engine.step):
                 raise self._too_large(max(sizes))

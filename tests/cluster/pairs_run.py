@@ -150,7 +150,7 @@ def one_process(settings: TrainingSettings) -> tuple[dict[int, tuple[float, floa
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             norm = torch.nn.utils.clip_grad_norm_(trained, phase.optimizer.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = phase.optimizer.lr * phase.lr_scheduler.factor(step, phase.steps)
+                group["lr"] = group["initial_lr"] * phase.lr_scheduler.factor(step, phase.steps)
             optimizer.step()
             made += 1
             results[made] = tuple(

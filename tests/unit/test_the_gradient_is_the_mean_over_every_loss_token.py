@@ -80,7 +80,7 @@ def plain_run() -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     optimizer = OPTIMIZER.build(network)
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER.lr * lr_factor(step)
+            group["lr"] = group["initial_lr"] * lr_factor(step)
         loss = network(**global_batch(step), use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
