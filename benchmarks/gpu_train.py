@@ -8,7 +8,7 @@ Ours is the engine of the trainer, as it trains: bf16, AdamW, clipping, compiled
 micro-batches as large as the probe finds. Stock is transformers' `DogeForCausalLM` (dense ones only) under
 torch.compile with fused AdamW on the same tokens without boundaries, its micro-batch halved from ours until it fits.
 The two take turns, a step each, and medians are compared. MFU counts 6 operations a parameter and token and the
-attention within documents (a run's own `mfu` counts it over the sequence) over the peak of the GPU in bf16. Stock MoE
+attention within documents (as a run's own `mfu` does) over the peak of the GPU in bf16. Stock MoE
 models route otherwise and are left out. The last line is one JSON object.
 """
 

@@ -7,7 +7,6 @@ from data_pipelines.order.packed_sequences import PackedSequencesConfig
 from data_pipelines.order.plan import Plan
 from doge.common.config_tree import to_dict
 from doge.common.storage import Storage
-from doge.model.configuration import flops_per_token
 from doge.training.next_token import NextTokenPrediction
 
 
@@ -30,7 +29,6 @@ def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None 
         unit_tokens=length,
         optimizer=recipe.optimizer,
         lr_scheduler=recipe.lr_scheduler,
-        unit_flops=length * flops_per_token(recipe.model.build(), length),
         side_tasks=(evaluation,) if held_out else (),
     )
     return TrainingSettings(

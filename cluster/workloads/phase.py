@@ -42,7 +42,6 @@ class Phase:
         steps: updates.
         units_per_step: units of every step, whatever the number of workers.
         unit_tokens: tokens of one unit, the most it may have: for rates, and for the micro-batch that fits.
-        unit_flops: floating-point operations of training on one unit, for the model FLOPs utilisation; 0 is unknown.
         optimizer: its recipe.
         lr_scheduler: over the steps of this phase.
         side_tasks: done between two steps.
@@ -56,7 +55,6 @@ class Phase:
     unit_tokens: int
     optimizer: OptimizerRecipe
     lr_scheduler: SchedulerRecipe
-    unit_flops: float = 0.0
     side_tasks: tuple[SideTask, ...] = ()
 
 

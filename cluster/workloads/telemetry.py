@@ -75,8 +75,8 @@ class Telemetry:
             "peak_memory_gib": peak_memory_bytes(engine.device) / 2**30,
             "workers": float(engine.world_size),
         }
-        if self._peak_tflops and phase.unit_flops:
-            metrics["mfu"] = units_per_s * phase.unit_flops / (engine.world_size * self._peak_tflops * 1e12)
+        if self._peak_tflops and result.flops:
+            metrics["mfu"] = result.flops / (seconds * engine.world_size * self._peak_tflops * 1e12)
         made = StepMade(engine.step_count, metrics | result.metrics)
         if engine.rank > 0:
             return made

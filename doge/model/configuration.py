@@ -236,17 +236,22 @@ def num_parameters(config: DogeConfig, active: bool = False) -> int:
     return embeddings + config.num_hidden_layers * layer + hidden
 
 
-def flops_per_token(config: DogeConfig, sequence_length: int) -> float:
-    """Floating-point operations per training token, forward and backward, averaged over a sequence.
+def training_flops(config: DogeConfig, tokens: float, keys: float) -> float:
+    """Floating-point operations of training on tokens that attend to so many keys together, forward and backward.
 
-    There are 6 per active parameter (2 forward, 4 backward; a tied embedding counts once, as the output head), and 12
-    per layer, query channel and attended key, where token i attends to min(i + 1, keep_window_size) keys. This follows
-    appendix B of the PaLM paper (arXiv:2204.02311), but counts only the keys that a causal query sees.
+    There are 6 per token and active parameter (2 forward, 4 backward; a tied embedding counts once, as the output
+    head), and 12 per key, layer and query channel. This follows appendix B of the PaLM paper (arXiv:2204.02311), but
+    counts only the keys that are attended to.
     """
-    window = min(config.keep_window_size, sequence_length)
-    keys = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     matmul_parameters = num_parameters(config, active=True)
     if not config.tie_word_embeddings:
         matmul_parameters -= config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * keys
-    return 6 * matmul_parameters + attention
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config)
+    return 6 * matmul_parameters * tokens + attention * keys
+
+
+def flops_per_token(config: DogeConfig, document_length: int) -> float:
+    """`training_flops` of a token, averaged over a document whose token i attends to min(i + 1, keep_window_size)."""
+    window = min(config.keep_window_size, document_length)
+    keys = window * (window + 1) / 2 + (document_length - window) * window
+    return training_flops(config, document_length, keys) / document_length

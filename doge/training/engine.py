@@ -212,8 +212,8 @@ class Engine:
         # ZeRO 3 waits on other streams than the one that computes, where events would mean nothing.
         replicas = self.replicas
         with nullcontext() if self._gathers_aside or replicas is not None else clock.watch_collectives():
-            gathered = self.all_gather_floats([self.objective.weight(batch), *gather])
-            weight = sum(row[0] for row in gathered)
+            gathered = self.all_gather_floats([self.objective.weight(batch), self.objective.flops(batch), *gather])
+            weight, flops = (sum(row[at] for row in gathered) for at in (0, 1))
             if not weight > 0:
                 raise UserError(
                     "A global batch holds nothing to learn from, no token that counts: check the sources' documents."
@@ -256,7 +256,8 @@ class Engine:
             grad_norm=float(self._grad_norm if grad_norm is None else grad_norm),
             weight=weight,
             metrics=dict(zip(self.objective.metrics, means[1:], strict=True)),
-            gathered=[row[1:] for row in gathered],
+            flops=flops,
+            gathered=[row[2:] for row in gathered],
             micro_batch_limit=limit,
             compute_seconds=seconds["compute"],
             wait_seconds=seconds["wait"],

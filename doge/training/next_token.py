@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from doge.model.configuration import ModelRecipe
+from doge.model.configuration import ModelRecipe, training_flops
 from doge.model.loss import IGNORE_INDEX
 from doge.model.modeling import DogeForCausalLM, build_model
 from doge.training.objective import Batch, LossSum, TensorBatch
@@ -53,6 +54,13 @@ class NextTokenPrediction:
         assert isinstance(batch, TensorBatch)
         return int((batch.tensors["labels"][:, 1:] != IGNORE_INDEX).sum())
 
+    def flops(self, batch: Batch) -> float:
+        """Those of every token and of every key that it attends to, all within its document."""
+        assert isinstance(batch, TensorBatch)
+        positions = batch.tensors["position_ids"]
+        per_token, per_key, window = _costs(self.model)
+        return per_token * positions.numel() + per_key * int((positions + 1).clamp(max=window).sum())
+
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
         assert isinstance(batch, TensorBatch)
         return LossSum(model(**batch.tensors, use_cache=False, reduction="sum").loss)
@@ -65,3 +73,10 @@ class NextTokenPrediction:
     def empty(self) -> TensorBatch:
         row = torch.arange(2)[None]
         return TensorBatch({"input_ids": row * 0, "labels": row * 0 + IGNORE_INDEX, "position_ids": row})
+
+
+@lru_cache(maxsize=8)
+def _costs(model: ModelRecipe) -> tuple[float, float, int]:
+    """Floating-point operations of a token and of a key that it attends to, and the most keys that it does."""
+    config = model.build()
+    return training_flops(config, 1, 0), training_flops(config, 0, 1), config.keep_window_size

@@ -80,6 +80,9 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> float:
         """What a batch adds to the weight that the mean is over, such as its loss tokens; 0 for an empty one."""
 
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of training on a batch, for the model FLOPs utilisation; 0 where unknown."""
+
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
         """The summed loss of a micro-batch on the model's device.
 

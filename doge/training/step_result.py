@@ -11,6 +11,8 @@ class StepResult:
     grad_norm: float
     weight: float
     """What the mean is over, such as loss tokens."""
+    flops: float = 0.0
+    """Floating-point operations of the global batch, by the objective; 0 where unknown."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The objective's further sums over the weight, by name."""
     gathered: list[list[float]] = field(default_factory=list)

@@ -124,6 +124,9 @@ class ReconstructPairs:
     def weight(self, batch: Pairs) -> int:
         return len(batch) if batch.weighed else 0
 
+    def flops(self, batch: Pairs) -> float:
+        return 0.0
+
     def loss_sum(self, model: nn.Module, batch: Pairs) -> LossSum:
         if self.misfortunes:
             befall(self.misfortunes)
