@@ -95,10 +95,16 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed
         import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)  # it prints its whole configuration at INFO
+    log.addFilter(_is_news)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # Muon is tested here
 
 
 @contextmanager
