@@ -43,7 +43,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any]) -> None:
-        matrices, gradients, momenta = [], [], []
+        matrices: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        momenta: list[torch.Tensor] = []
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue

@@ -74,7 +74,7 @@ class OptimizerRecipe:
         return MuonAdamW(matrices | {"lr": self.muon_lr, "initial_lr": self.muon_lr}, adamw)
 
 
-def hidden_matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def hidden_matrices(model: torch.nn.Module) -> list[torch.Tensor]:
     """The trainable weights of a model's linear layers, without its output's and those that are nearly vectors."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outside = {id(parameter) for parameter in output.parameters()} if output is not None else set()
