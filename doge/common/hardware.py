@@ -11,10 +11,18 @@ import torch
 
 from doge.common.words import count
 
-# Dense bf16 tensor-core peaks in TFLOP/s by a part of the device's name, from the vendors' data sheets.
+# Dense bf16 tensor-core peaks in TFLOP/s by the device's whole name, from the vendors' data sheets. Variants differ (an
+# H100 on PCIe has three quarters of the speed), and the name of a part of a device (MIG) has something after it.
 _PEAK_TFLOPS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.0, "RTX A6000": 154.8,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA H200": 989.0, "NVIDIA H200 NVL": 835.5, "NVIDIA GH200 480GB": 989.0, "NVIDIA GH200 144G HBM3e": 989.0,
+    "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0, "NVIDIA A40": 149.7, "NVIDIA A30": 165.0, "NVIDIA A10": 125.0, "NVIDIA A10G": 70.0,
+    "NVIDIA L40S": 362.0, "NVIDIA L40": 181.0, "NVIDIA L4": 121.0,
+    "NVIDIA RTX 6000 Ada Generation": 364.2, "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 5090": 209.5, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 4080": 97.5,
+    "NVIDIA GeForce RTX 3090": 71.0,
 }  # fmt: skip
 _POWERCAP = Path("/sys/class/powercap")
 
@@ -44,11 +52,10 @@ def device_trouble(device: torch.device) -> str:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak TFLOP/s of dense bf16 matrix products; None if unknown."""
+    """Peak TFLOP/s of dense bf16 matrix products; None if the device's name is not a known one."""
     if device.type != "cuda":
         return None
-    name = device_name(device)
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    return _PEAK_TFLOPS.get(device_name(device))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
