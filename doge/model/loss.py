@@ -81,10 +81,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad_output.to(hidden_grad.dtype)
+            hidden_grad = _scaled(hidden_grad, grad_output, hidden_grad.dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
+            weight_grad = _scaled(weight_grad, grad_output, ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None
+
+
+def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`grad * factor`, rounded once: a factor such as 1 / tokens is never rounded to a half-precision dtype itself."""
+    return (grad.to(torch.promote_types(grad.dtype, factor.dtype)) * factor).to(dtype)
 
 
 def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, chunk: int):

@@ -164,3 +164,19 @@ def test_loss_and_logits_come_from_the_module_that_owns_the_weight():
     input_ids = tokens(1, 20)
     model(input_ids, labels=input_ids)
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "factor", [1 / 3, 1e5, 1 / 100_003], ids=["a third", "a loss scale", "a mean over many tokens"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_gradients_are_scaled_before_they_are_rounded(dtype, factor):
+    """A factor rounded to the gradients' dtype would be off by up to 1 / 256, or infinite."""
+    hidden, weight, targets = random_case(dtype, scale=2.0**-12 if factor > 1 else 64.0)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    scaled = torch.autograd.grad(loss, (hidden, weight), torch.tensor(factor))
+    _, *unrounded = loss_module._by_chunks(hidden.detach(), weight.detach(), targets, True, True, 256)
+    for own, found, exact in zip(plain, scaled, unrounded, strict=True):
+        assert found.dtype == own.dtype == dtype
+        assert torch.equal(found, (exact.double() * torch.tensor(factor).double()).float().to(dtype))
