@@ -11,6 +11,7 @@ from doge.generation.int8 import Int8
 from doge.generation.prefill import Prompt, prefill
 from doge.generation.weights import LayerWeights
 from doge.model.attention.cache import Slots, attend_slots, insert_key
+from doge.model.attention.key_bias import key_bias
 from doge.model.attention.window import KeyWindow
 from doge.model.compilation import can_compile
 from doge.model.modeling import DogeForCausalLM
@@ -105,7 +106,7 @@ def _layer(states, weights: LayerWeights, slots: Slots, cos, sin, lengths, windo
     rows, head_dim, kv_heads = len(states), weights.q_norm.shape[0], weights.A.shape[0]
     joined = _linear(_rms_norm(states, weights.input_norm, eps), weights.qkv, fuses).view(rows, 1, -1, head_dim)
     query, key, value = joined.split([joined.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
-    bias = torch.exp(weights.A.float() * F.softplus(F.linear(value.flatten(2), weights.dt).float()))
+    bias = key_bias(weights.A, F.linear(value.flatten(2), weights.dt))
     query, key = _rms_norm(query, weights.q_norm, eps), _rms_norm(key, weights.k_norm, eps)
     query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
     query, key, value, bias = (part.transpose(1, 2) for part in (query, key, value, bias))

@@ -17,6 +17,7 @@ from doge.model.attention import KeyWindow, dynamic_mask_attention, key_expiry, 
 from doge.model.attention.backends import registry
 from doge.model.attention.backends import triton_attention as triton_module
 from doge.model.attention.backends.triton_attention import Blocks, supports, triton_attention
+from doge.model.attention.key_bias import key_bias
 from doge.model.attention.layer import PADDED_KEY_BIAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,6 +187,15 @@ def test_half_precision_errs_by_its_rounding():
     inputs = random_inputs(40, heads=1, dtype=torch.float16, head_dim=64)
     assert not supports(inputs[0].bfloat16())
     compare(inputs, windowed_expiry(inputs[3], 20), atol=0.008)
+
+
+@interpreted
+@pytest.mark.parametrize("exponent", [8.0, 60.0])
+def test_large_biases_leave_output_and_gradients_finite_and_right(exponent):
+    inputs = random_inputs(40)
+    steps = torch.rand(inputs[3].shape, generator=torch.Generator().manual_seed(2))
+    inputs[3] = key_bias(torch.tensor(exponent), steps).detach().requires_grad_()
+    compare(inputs, windowed_expiry(inputs[3], 20), atol=2e-3)
 
 
 @interpreted

@@ -70,6 +70,8 @@ void rotate(float* states, const float* cosines, const float* sines, int64_t hal
     }
 }
 
+constexpr float LARGEST_EXPONENT = 10;  // as in `doge.model.attention.key_bias`
+
 float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
 // The forward pass of `rows` tokens. Its threads divide the rows of every matrix among them.
@@ -203,7 +205,8 @@ private:
         float step = 0;
         const float* weight = layer.dt + head * m.kv_heads * m.head_dim;
         for (int64_t i = 0; i < m.kv_heads * m.head_dim; ++i) step += weight[i] * values[i];
-        const float bias = std::exp(layer.A[head] * softplus(step));
+        const float exponent = layer.A[head] * softplus(step), within = std::min(exponent, LARGEST_EXPONENT);
+        const float bias = std::exp(within) * (1 + (exponent - within));
 
         const int64_t order = places[row], at = (sequence(row) * m.kv_heads + head) * slots;
         float* biases = layer.biases + at;

@@ -1,13 +1,13 @@
 """The attention layer of a Doge model."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRMSNorm, apply_rotary_pos_emb
 
 from doge.model.attention.cache import DogeCache
 from doge.model.attention.dispatch import dynamic_mask_attention
+from doge.model.attention.key_bias import key_bias
 from doge.model.attention.window import KeyWindow
 from doge.model.configuration import head_dim
 
@@ -56,8 +56,7 @@ class DogeAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape))
         key = self.k_norm(self.k_proj(hidden_states).view(heads_shape))
         value = self.v_proj(hidden_states)
-        # In float32: rounding the exponent to bfloat16 would move the bias, and with it the order of the keys.
-        bias = torch.exp(self.A.float() * F.softplus(self.dt_proj(value).float()))
+        bias = key_bias(self.A, self.dt_proj(value))
         if order is not None:
             bias = bias.masked_fill((order < 0).unsqueeze(-1), PADDED_KEY_BIAS)
         value = value.view(heads_shape)

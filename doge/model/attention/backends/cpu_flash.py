@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doge.model.attention.backends.registry import register
-from doge.model.attention.bias_folding import extend_query, fold_bias, num_extra_channels, pad_channels
+from doge.model.attention.bias_folding import (
+    channel_scale,
+    extend_query,
+    fold_bias,
+    largest_bias,
+    num_extra_channels,
+    pad_channels,
+)
 from doge.model.attention.documents import document_lengths
 from doge.model.attention.window import KeyWindow, key_expiry, survivors, take_keys
 
@@ -88,8 +95,10 @@ def _backward(
         )  # fmt: skip
         piece.add(grads, found)
     grads = [stream.transpose(1, 2).reshape(batch, seq, -1, stream.shape[-1]).transpose(1, 2) for stream in grads]
-    grad_bias = (grads[1][..., head_dim].float() * head_dim**0.5).to(bias.dtype)
-    return (*(stream[..., :head_dim].contiguous() for stream in grads), grad_bias.contiguous())
+    grad_bias = (grads[1][..., head_dim].float() * channel_scale(head_dim)).to(bias.dtype)
+    grad_bias = grad_bias.masked_fill(bias.abs() > largest_bias(key.dtype, head_dim), 0.0)
+    grad_query, grad_key, grad_value = (stream[..., :head_dim].contiguous() for stream in grads)
+    return grad_query, grad_key, grad_value, grad_bias.contiguous()
 
 
 @_backward.register_fake
