@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 
 from transformers import DogeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from doge.common.errors import UserError
 
@@ -171,6 +172,13 @@ def check_config(config: DogeConfig) -> None:
         )
     if config.sliding_window is not None:
         raise UserError(f"sliding_window must be None, not {config.sliding_window}: use keep_window_size.")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in (known := ["default", *ROPE_INIT_FUNCTIONS]):
+        raise UserError(f"rope_type {rope['rope_type']!r} is unknown: it must be {' or '.join(known)}.")
+    if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']}: Doge rotates whole heads."
+        )
     if not isinstance(config, DogeMoeConfig):
         if config.is_moe:
             raise UserError("A DogeConfig with is_moe=True is transformers' MoE layout: load it with load_model.")

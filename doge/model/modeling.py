@@ -26,12 +26,13 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.doge.modeling_doge import DogeMLP, DogeRMSNorm, DogeRotaryEmbedding
+from transformers.models.doge.modeling_doge import DogeMLP, DogeRMSNorm
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from doge.common.errors import UserError
 from doge.model.attention import DogeAttention, DogeCache, document_ends
+from doge.model.attention.rotary import RotaryEmbedding
 from doge.model.configuration import DogeMoeConfig, check_config
 from doge.model.experts import DogeCDMoE
 from doge.model.loss import IGNORE_INDEX, LMHead, next_token_targets
@@ -105,7 +106,7 @@ class DogeModel(DogePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DogeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DogeRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -71,7 +71,8 @@ class CpuStep:
         embedding: torch.Tensor | Int8,
         head: torch.Tensor | Int8,
     ):
-        config, rotary = model.config, model.model.rotary_emb
+        config = model.config
+        frequencies, rotary_scaling = model.model.rotary_emb.frequencies()
         library = _library(*_types(model, layers))
         assert library is not None  # `supports` was asked
         self._library = library
@@ -90,7 +91,7 @@ class CpuStep:
             kv_heads=config.num_key_value_heads, head_dim=len(first.q_norm), intermediate=config.intermediate_size,
             vocab=config.vocab_size, eps=config.rms_norm_eps,
             sinks=self._window.num_sinks, local=self._window.num_local,
-            rotary_scaling=rotary.attention_scaling, inverse_frequencies=self._vector(rotary.inv_freq),
+            rotary_scaling=rotary_scaling, inverse_frequencies=self._vector(frequencies),
             norm=self._vector(model.model.norm.weight), embedding=self._matrix(embedding), head=self._matrix(head),
             layer=self._layers,
         )  # fmt: skip
