@@ -10,7 +10,7 @@ remains that of transformers' own model; `doge.load_model` opens a checkpoint of
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -139,11 +140,7 @@ class DogeModel(DogePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if past_key_values is not None and not isinstance(past_key_values, DogeCache):
-            raise UserError(
-                f"past_key_values must be a DogeCache, not {type(past_key_values).__name__}: leave out both it and "
-                "cache_implementation to get one."
-            )
+        _check_cache(past_key_values)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UserError(
                 f"attention_mask must have the shape (batch, seq), not {tuple(attention_mask.shape)}: the model itself "
@@ -169,10 +166,12 @@ class DogeModel(DogePreTrainedModel):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DogeCache(self.config)
+        if past_key_values is not None:
+            past_key_values.check_fits(self.config.num_hidden_layers, batch)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for transformers' assistant_early_exit
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -181,6 +180,14 @@ class DogeModel(DogePreTrainedModel):
                 past_key_values=past_key_values,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _check_cache(past_key_values: object) -> None:
+    if past_key_values is not None and not isinstance(past_key_values, DogeCache):
+        raise UserError(
+            f"past_key_values must be a DogeCache, not {type(past_key_values).__name__}: leave out both it and "
+            "cache_implementation to get one."
+        )
 
 
 def _places(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -210,15 +217,32 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
         """Let `generate` use a `DogeCache` instead of a cache of transformers."""
         wanted = generation_config.cache_implementation
         if wanted is not None:
             raise UserError(
                 f"cache_implementation={wanted!r} does not work with Doge, which has its own cache: leave it out."
             )
+        window = self.config.keep_window_size
+        if generation_mode is GenerationMode.ASSISTED_GENERATION and max_cache_length > window:
+            raise UserError(
+                "Assisted decoding and prompt lookup remove rejected tokens from the cache, which Doge's allows up to "
+                f"its keep_window_size of {window} tokens, and prompt and new tokens may be {max_cache_length + 1}: "
+                "lower max_new_tokens, or leave out assistant_model and prompt_lookup_num_tokens."
+            )
+        _check_cache(model_kwargs.get("past_key_values"))
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DogeCache(self.config)
+
+    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+        """Refuse `generate_batch` of transformers, which needs a cache in pages."""
+        raise UserError(
+            "generate_batch does not work with Doge, which has its own cache: use generate, or doge.Decoder, which "
+            "takes prompts of any lengths."
+        )
 
     @can_return_tuple
     def forward(

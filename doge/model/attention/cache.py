@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from transformers import Cache, DogeConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from doge.common.errors import UserError
+from doge.common.words import count
 from doge.model.attention.window import KeyWindow, kept_keys, key_expiry, take_keys
 
 FIRST_SLOTS = 64
@@ -31,7 +33,8 @@ class Slots(NamedTuple):
 class DogeCache(Cache):
     """The cache of a Doge model, for `generate(past_key_values=...)`.
 
-    No gradient flows into it, and it cannot be cropped: a key that left the window is gone.
+    No gradient flows into it. It can be cropped while it has held no more tokens than `keep_window_size`: a key that
+    left the window is gone.
 
     Args:
         config: The model's configuration.
@@ -49,6 +52,16 @@ class DogeCache(Cache):
         """See `DogeCacheLayer.fill`."""
         self.layers[layer_idx].fill(key, value, bias, order)
 
+    def check_fits(self, layers: int, rows: int) -> None:
+        """Raise UserError if it is of a model with another number of layers, or holds another number of rows."""
+        if len(self.layers) != layers:
+            raise UserError(f"past_key_values is of a model with {len(self.layers)} layers, and this one has {layers}.")
+        if self.get_seq_length() and self.batch_size != rows:
+            raise UserError(
+                f"past_key_values holds {count(self.batch_size, 'row')}, and the input has {rows}: give each batch a "
+                "cache of its own."
+            )
+
     def attend(self, query, key, value, bias, order, layer_idx: int) -> torch.Tensor:
         """See `DogeCacheLayer.attend`."""
         return self.layers[layer_idx].attend(query, key, value, bias, order)
@@ -65,7 +78,7 @@ class DogeCacheLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = False  # at any length, as transformers' deferred stopping would need it; see `crop`
     is_sliding = False
 
     keys: torch.Tensor
@@ -117,10 +130,35 @@ class DogeCacheLayer(CacheLayerMixin):
             insert_key(self.keys, self.values, self.biases, self.orders, key, value, bias, order, self.window)
         return attend_slots(query, self.keys, self.values, self.biases)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; like transformers, this takes their number as a negative one.
+
+        Raises:
+            UserError: More tokens than the window's size have been added, so that keys may have been dropped for those
+                that are to be removed.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"To remove tokens from the end of a cache, give their number as -{tokens_to_remove}.")
+        if tokens_to_remove == 0:
+            return
+        if self.seen > self.window.size:
+            raise UserError(
+                f"A Doge cache of {self.seen} tokens cannot be cropped: for some of them, keys have left the window of "
+                f"keep_window_size {self.window.size}. Assisted decoding and prompt lookup, which crop the cache, work "
+                "only up to that many tokens."
+            )
+        self.seen = max(0, self.seen + tokens_to_remove)
+        # Slots were filled in order.
+        removed = torch.arange(self.biases.shape[-1], device=self.biases.device) >= self.seen
+        self.biases = self.biases.masked_fill(removed, -torch.inf)
+        self.orders = self.orders.masked_fill(removed, NO_KEY)
+
     def _attend_several(self, query, key, value, bias, order) -> torch.Tensor:
         number = min(self.seen - query.shape[2], self.keys.shape[2])  # filled slots
-        by_order = self.orders.argsort(dim=-1)[..., self.keys.shape[2] - number :]
-        slots = (take_keys(states, by_order) for states in (self.keys, self.values, self.biases, self.orders))
+        slots = tuple(states[:, :, :number] for states in self.slots)
+        if self.seen - query.shape[2] > self.window.size:  # before, slots are in order
+            by_order = slots[-1].argsort(dim=-1)
+            slots = tuple(take_keys(states, by_order) for states in slots)
         new = (key, value, bias, order)
         keys, values, biases, orders = (torch.cat(pair, dim=2) for pair in zip(slots, new, strict=True))
         expiry = key_expiry(biases, self.window, orders)
