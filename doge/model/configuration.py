@@ -8,6 +8,7 @@ into it would be silently wrong.
 import difflib
 import math
 from dataclasses import dataclass, fields
+from typing import TypeGuard
 
 from transformers import DogeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -51,6 +52,11 @@ class DogeMoeConfig(DogeConfig):
     router_aux_loss_coef: float = 0.0
 
 
+def has_experts(config: DogeConfig) -> TypeGuard[DogeMoeConfig]:
+    """Whether it is a `DogeMoeConfig`: of this class, or of the copy of it that an exported model carries."""
+    return config.model_type == DogeMoeConfig.model_type
+
+
 def expert_grid(num_experts: int) -> tuple[int, int]:
     """The sides (n1, n2), n1 <= n2, n1 * n2 == num_experts, of the rectangle closest to a square."""
     rows = next(n for n in range(math.isqrt(num_experts), 0, -1) if num_experts % n == 0)
@@ -92,7 +98,7 @@ class ModelRecipe:
         config = preset_config(self.preset)
         changes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
         changes = {name: value for name, value in changes.items() if value is not None}
-        if not isinstance(config, DogeMoeConfig):
+        if not has_experts(config):
             for name in changes:
                 if "expert" in name:
                     raise UserError(
@@ -179,7 +185,7 @@ def check_config(config: DogeConfig) -> None:
         raise UserError(
             f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']}: Doge rotates whole heads."
         )
-    if not isinstance(config, DogeMoeConfig):
+    if not has_experts(config):
         if config.is_moe:
             raise UserError("A DogeConfig with is_moe=True is transformers' MoE layout: load it with load_model.")
         return
@@ -234,7 +240,7 @@ def num_parameters(config: DogeConfig, active: bool = False) -> int:
     feed_forward = 3 * hidden * config.intermediate_size
     if config.mlp_bias:
         feed_forward += 2 * config.intermediate_size + hidden
-    if isinstance(config, DogeMoeConfig):
+    if has_experts(config):
         heads, retrieval = config.num_expert_heads, config.expert_retrieval_size
         experts = heads * config.num_experts_per_tok if active else config.num_experts
         feed_forward += hidden * heads * retrieval + heads * sum(expert_grid(config.num_experts)) * retrieval // 2

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from doge.common.errors import UserError
 from doge.model.attention import DogeAttention, DogeCache, document_ends
 from doge.model.attention.rotary import RotaryEmbedding
-from doge.model.configuration import DogeMoeConfig, check_config
+from doge.model.configuration import DogeMoeConfig, check_config, has_experts
 from doge.model.experts import DogeCDMoE
 from doge.model.loss import IGNORE_INDEX, LMHead, next_token_targets
 
@@ -60,7 +60,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = DogeAttention(config, layer_idx)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.post_attention_layernorm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = DogeCDMoE(config) if isinstance(config, DogeMoeConfig) else DogeMLP(config)
+        self.mlp = DogeCDMoE(config) if has_experts(config) else DogeMLP(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor, **attention_inputs) -> torch.Tensor:
@@ -325,7 +325,7 @@ class DogeMoeForCausalLM(DogeForCausalLM):
 
 def build_model(config: DogeConfig) -> DogeForCausalLM:
     """Build a freshly initialised model of the class that fits the configuration."""
-    return (DogeMoeForCausalLM if isinstance(config, DogeMoeConfig) else DogeForCausalLM)(config)
+    return (DogeMoeForCausalLM if has_experts(config) else DogeForCausalLM)(config)
 
 
 AutoConfig.register("doge_moe", DogeMoeConfig, exist_ok=True)
