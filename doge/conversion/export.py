@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from doge.common.storage import Storage
+from doge.conversion.model_code import add_model_code
 from doge.model.configuration import DogeConfig
 from doge.model.modeling import DogeForCausalLM, build_model
 from doge.training.state.train_state import TrainState, check_fits
@@ -42,6 +43,7 @@ def export_model(
     def fill(directory: str) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        add_model_code(directory, config)
 
     storage.write(name, fill)
     return model.eval()
