@@ -1,8 +1,12 @@
 """Plots as PNG files: losses over steps, and lanes of time."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 Curve = Sequence[tuple[int, float]]
 """(step, value) pairs."""
@@ -11,11 +15,25 @@ Shares = Mapping[str, Mapping[int, float]]
 """kind → number of a bin → the part of the bin that the kind took, between 0 and 1."""
 
 
+def _literal(plot: Callable[P, None]) -> Callable[P, None]:
+    """Draw without a window, and every text as it is: a name may hold ``$``, or letters that the font lacks."""
+
+    @functools.wraps(plot)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        literal: Any = {"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}
+        with matplotlib.rc_context(literal), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            plot(*args, **kwargs)
+
+    return draw
+
+
+@_literal
 def plot_losses(path: str | Path, training: Curve, held_out: Curve, baselines: Mapping[str, float], title: str) -> None:
     """Draw losses (nats per token) over the steps, with each baseline as a horizontal line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -33,6 +51,7 @@ def plot_losses(path: str | Path, training: Curve, held_out: Curve, baselines: M
     pyplot.close(figure)
 
 
+@_literal
 def plot_lanes(
     path: str | Path,
     title: str,
@@ -55,9 +74,6 @@ def plot_lanes(
         changes: Label and times in seconds of thin vertical lines.
         breaks: Label and times in seconds of dashed vertical lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
