@@ -19,6 +19,8 @@ from doge.common.errors import UserError
 
 T = TypeVar("T")
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 def read_yaml(cls: type[T], path: str | Path) -> T:
     """Read a YAML file into the dataclass tree ``cls``; keys that are missing keep their defaults.
@@ -27,8 +29,8 @@ def read_yaml(cls: type[T], path: str | Path) -> T:
     removes a mapping of the base: ``data: {sources: {python-edu: null}}`` leaves that source out.
 
     Raises:
-        UserError: The file cannot be read or is not a YAML mapping, it is among its own bases, a key is unknown (the
-            message names the nearest), or a type is wrong.
+        UserError: The file cannot be read or is not a YAML mapping, it is among its own bases, a key stands twice or is
+            unknown (the message names the nearest), or a type is wrong.
     """
     return from_dict(cls, _read_values(Path(path)), where=str(path))
 
@@ -36,17 +38,14 @@ def read_yaml(cls: type[T], path: str | Path) -> T:
 def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file merged into those of its base; ``children`` are the files that this one is a base of."""
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except OSError as error:
         raise UserError(f"The file {path} cannot be read ({error.strerror}): give a YAML file.") from None
     except UnicodeDecodeError:
         raise UserError(f"The file {path} is not UTF-8 text: give a YAML file.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, not {values!r}.")
+    values = parse_yaml(text, str(path))
     if "base" not in values:
         return values
     base, chain = values.pop("base"), (*children, path.resolve())
@@ -56,6 +55,48 @@ def _read_values(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"In {path}, base: {base} leads back to a file whose base this one is: remove the line.")
     merged: dict[str, Any] = _merged(_read_values(path.parent / base, chain), values)
     return merged
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The keys and values of a YAML text that comes from ``where``.
+
+    Raises UserError if it is not valid, holds something else, or has a key twice.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_doubled_keys(node, (), where, set())
+        values: Any = loader.construct_document(node) if node is not None else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
+    finally:
+        loader.dispose()
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{where} must hold keys and values, not {values!r}.")
+    return values or {}
+
+
+def _refuse_doubled_keys(node: Any, path: tuple[str, ...], where: str, seen: set[int]) -> None:
+    """Raise UserError if a mapping has a key of its own twice; those that ``<<`` merges into it may be there too."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for at, item in enumerate(node.value):
+            _refuse_doubled_keys(item, (*path, str(at)), where, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line, known = key.start_mark.line + 1, (key.tag, key.value)
+            if known in lines and key.tag != _MERGE:
+                name = ".".join((*path, key.value))
+                raise UserError(
+                    f"In {where}, the key {name} stands twice, in lines {lines[known]} and {line}: keep one of them."
+                )
+            lines[known] = line
+        _refuse_doubled_keys(value, (*path, str(key.value)), where, seen)
 
 
 def _merged(base: Any, changes: Any) -> Any:

@@ -148,6 +148,12 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
         (b"base: .", "cannot be read .Is a directory."),
         (b"base: recipe.yaml", "leads back to a file"),
         (b"base: other.yaml", "leads back to a file"),
+        (b"name: a\nseed: 1\nname: b", "the key name stands twice, in lines 1 and 3: keep one of them"),
+        (b"training: {max_steps: 1, seed: 2, max_steps: 3}", r"the key training\.max_steps stands twice"),
+        (b"'name': a\nname: b", "the key name stands twice"),
+        (b"data: {sources: {web: {path: a}, web: {path: b}}}", r"the key data\.sources\.web stands twice"),
+        (b"optimizer: {betas: [{x: 1, x: 2}]}", r"the key optimizer\.betas\.0\.x stands twice"),
+        (b"a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", r"the key b\.y stands twice"),
     ],
 )
 def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
@@ -155,6 +161,20 @@ def test_a_recipe_file_that_cannot_be_read_is_one_sentence(content, sentence, tm
     (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
     with pytest.raises(UserError, match=sentence):
         read_yaml(Recipe, tmp_path / "recipe.yaml")
+
+
+def test_merge_keys_and_aliases_are_no_doubled_keys(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "tokenizer: &t {vocab_size: 300}\n"
+        "data:\n  sources:\n"
+        "    web: &web {path: w, weight: 1}\n"
+        "    code: &code {<<: *web, path: c}\n"
+        "    books: {<<: [*code, *web], weight: 3}\n"
+    )
+    sources = read_yaml(Recipe, tmp_path / "recipe.yaml").data.sources
+    assert {name: (source.path, source.weight) for name, source in sources.items()} == {
+        "web": ("w", 1), "code": ("c", 1), "books": ("c", 3)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
