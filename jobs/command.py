@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -14,6 +15,8 @@ import tyro
 from cluster.runs.recipe import Recipe
 from doge.common.config_tree import parse, read_yaml
 from doge.common.errors import UserError
+from doge.common.places import plain_path
+from doge.common.terminal import prepare_streams
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -39,7 +42,7 @@ T = TypeVar("T", bound=Command)
 def find_recipe(name: str) -> Path:
     """Find the file of a recipe. Raises UserError that names the nearest recipe."""
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        return Path(plain_path(name))
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
@@ -49,19 +52,37 @@ def find_recipe(name: str) -> Path:
 
 def main(command: type[T], run: Callable[[T], None], description: str | None) -> None:
     """Parse the command line, run the command and exit: status 0 is success, 1 an error, 130 an interruption."""
+    prepare_streams()
     arguments = sys.argv[1:]
+    status = 0
     try:
         default = command(settings=read_yaml(Recipe, find_recipe(_recipe_name(arguments))))
         run(parse(command, default, arguments, description or ""))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _tell(f"error: {error}")
+        status = 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("Interrupted: run the same command to resume.", file=sys.stderr)
-        sys.exit(130)
+        _tell("Interrupted: run the same command to resume.")
+        status = 130
+    finally:
+        _flush_output()
+    if status:
+        sys.exit(status)
+
+
+def _tell(sentence: str) -> None:
+    with suppress(OSError):  # whoever listened is gone
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _flush_output() -> None:
+    """Write what is left, so that Python need not, which would print a traceback where nobody reads any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _recipe_name(arguments: list[str]) -> str:

@@ -9,8 +9,6 @@ Prepares what the recipe's steps need. Run the same command again to resume an i
 recipes have the same inputs, tokenizer and sequence length share the result.
 """
 
-import sys
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -42,7 +40,7 @@ def run(command: PrepareData) -> None:
     connect(recipe.scaling)
     from cluster.machines.head_storage import share
     from data_pipelines.order.plan import make_plan
-    from data_pipelines.prepare import Progress, prepare
+    from data_pipelines.prepare import prepare
     from doge.common.storage import Storage
     from doge.tokenizer.loading import check_vocabulary
 
@@ -51,18 +49,9 @@ def run(command: PrepareData) -> None:
     check_vocabulary(plan.open_tokenizer(storage), recipe.model.build().vocab_size)
     counts = ", ".join(f"{name} {len(files):,}" for name, files in plan.files.items())
     console.table([("files", counts), ("tokenizer", storage.path(plan.tokenizer)), ("shards", storage.path("shards"))])
-    live, told = sys.stdout.isatty(), time.monotonic()
-
-    def tell(progress: Progress) -> None:
-        nonlocal told
-        if live:
-            print(f"\r\x1b[2K{progress}", end="", flush=True)
-        elif time.monotonic() - told > 10:
-            told = time.monotonic()
-            print(progress, flush=True)
-
-    progress = prepare(plan, storage, None if command.all else recipe.training_sequences, tell)
-    console.say(f"{chr(13) if live else ''}{progress}")
+    needed = None if command.all else recipe.training_sequences
+    progress = prepare(plan, storage, needed, lambda progress: console.progress(str(progress)))
+    console.conclude(str(progress))
     console.say(f"The order of the sequences is {plan.fingerprint}.")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge.common.errors import UserError
+from doge.common.places import plain_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
+    path = plain_path(path)
     try:
         opener: Any = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
         tokenizer: PreTrainedTokenizerFast = opener.from_pretrained(path)

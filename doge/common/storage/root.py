@@ -10,6 +10,7 @@ directory, and through the driver by those that do not.
 
 import copy
 import errno
+import glob
 import os
 import pickle
 import uuid
@@ -21,6 +22,7 @@ from typing import Any
 import fsspec
 
 from doge.common.errors import MachineError, UserError
+from doge.common.places import is_uri, plain_path
 from doge.common.storage.local_files import PARTIAL, commit, remove
 from doge.common.storage.remote_cache import RemoteCache
 from doge.common.storage.sentences import StorageError, in_sentences
@@ -34,7 +36,8 @@ class Storage:
     """Files below one root, named by relative POSIX paths.
 
     Args:
-        root: A local path (``~`` is expanded) or a URI such as ``s3://bucket/prefix``.
+        root: A local path (``~`` is expanded), its ``file:`` URI, which is the same, or a URI such as
+            ``s3://bucket/prefix``.
         cache: Local directory for copies of remote files. By default each process uses the `default_cache` of its
             machine, so that processes of one machine share their copies.
         filesystem: File system to reach the root through, instead of the one that the root names. If its
@@ -54,9 +57,8 @@ class Storage:
         marker: str | None = None,
         cache_bytes: int | None = None,
     ):
-        if "://" not in root:
-            root = os.path.abspath(os.path.expanduser(root))
-        self.root = root.rstrip("/")
+        self.root = (root if is_uri(root) else os.path.abspath(plain_path(root))).rstrip("/")
+        self._opened = self.root  # what `root` begins with below it too
         self._arguments = cache, filesystem, marker, cache_bytes
         if filesystem is None or (marker is not None and os.path.exists(marker)):
             self._filesystem, self._base = _open_root(self.root)
@@ -83,7 +85,7 @@ class Storage:
                 f"{self!r} is a directory that another process may not see: send what "
                 "cluster.machines.head_storage.share makes of it, or its path to a process of this machine."
             )
-        return Storage, (self.root, *self._arguments)
+        return _reopen, (self._opened, self._arguments, self.root.removeprefix(self._opened).lstrip("/"))
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
@@ -183,7 +185,8 @@ class Storage:
                 fill(temporary)
                 commit(temporary, target, before_commit)
         finally:
-            remove(temporary)
+            with suppress(OSError):  # what it was made of may be gone, or never have been
+                remove(temporary)
 
     def local(self, name: str, again: bool = False) -> str:
         """`reading`, but the copy of a remote file may be evicted at any time after."""
@@ -220,7 +223,7 @@ class Storage:
     def delete(self, name: str) -> None:
         """Remove a file or a directory, if it exists."""
         with suppress(FileNotFoundError), self._in_sentences():
-            self._filesystem.rm(f"{self._base}/{name}", recursive=True)
+            self._filesystem.rm(self._literally(f"{self._base}/{name}"), recursive=True)
         self.forget(name)
 
     def sweep(self) -> None:
@@ -228,7 +231,7 @@ class Storage:
         for path in self._list(""):
             if path.endswith(PARTIAL):
                 with suppress(FileNotFoundError), self._in_sentences():
-                    self._filesystem.rm(path, recursive=True)
+                    self._filesystem.rm(self._literally(path), recursive=True)
 
     def _list(self, prefix: str) -> list[str]:
         try:
@@ -271,6 +274,10 @@ class Storage:
                     put(path, target, **options)
         self.forget(name)
 
+    def _literally(self, path: str) -> str:
+        """The path for a removal, where the file systems of object stores take ``*``, ``?`` and ``[`` for a pattern."""
+        return path if self.has_renames else glob.escape(path)
+
     def _address(self, name: str) -> str:
         """What the cache knows ``name`` by; the host tells apart disks that the path alone does not."""
         return f"{getattr(self._filesystem, 'host', '')}/{self.path(name)}"
@@ -282,6 +289,12 @@ class Storage:
             check_marker(self.root, self._marker)
         with in_sentences(place or self.root, self.root, remote=not self.is_local):
             yield
+
+
+def _reopen(root: str, arguments: tuple[Any, ...], below: str) -> Storage:
+    """A Storage in another process; a name below the root, which may hold any character, is no part of a URI."""
+    storage = Storage(root, *arguments)
+    return storage / below if below else storage
 
 
 def check_marker(root: str, marker: str) -> None:
@@ -300,6 +313,13 @@ def marker_name() -> str:
 
 def _open_root(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a root and the root's path in it."""
+    if not is_uri(root):  # fsspec would take a part of some paths for something else
+        return fsspec.filesystem("file"), root
+    if root.lower().startswith(("http://", "https://")):
+        raise UserError(
+            f"The storage {root} is a web address, where nothing can be written: give a directory, or a URI such as "
+            "s3://bucket/doge."
+        )
     try:
         filesystem, path = fsspec.core.url_to_fs(root)
         return filesystem, path
