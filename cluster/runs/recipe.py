@@ -1,20 +1,27 @@
 """The recipe of a pretraining run: one tree whose parts lie beside the code that they configure."""
 
 import os
+import unicodedata
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.accounts.ledger import LedgerRecipe
 from cluster.machines.scaling import ScalingRecipe
 from data_pipelines.sources.source_recipe import DataRecipe
-from doge.common.config_tree import flatten
+from doge.common.config_tree import flatten, from_dict, to_dict
 from doge.common.errors import UserError
+from doge.common.places import is_relative, is_uri, plain_path
+from doge.common.redaction import without_secrets
 from doge.model.configuration import ModelRecipe, num_parameters
-from doge.reporting.tracking import TrackingRecipe
+from doge.reporting.tracking import TrackingRecipe, database_path
 from doge.tokenizer.training import TokenizerRecipe
 from doge.training.engine_recipe import EngineRecipe
 from doge.training.optimizer import OptimizerRecipe
 from doge.training.schedule import SchedulerRecipe
+
+_NAME_BYTES = 200  # file systems take 255, and some records of a run are named after it and more
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job alone
+_RAY_COPY = "/_ray_pkg_"
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,13 @@ class Recipe:
             )
         self.lr_scheduler.check(self.training.max_steps)
         self.check_workers(self.scaling.min_workers)
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise UserError(f"name = {self.name!r} must be a plain name: it becomes a directory.")
+        check_name(self.name)
+        if not self.storage.strip():
+            raise UserError("storage is empty: give a directory, or a URI such as s3://bucket/doge.")
+        check_lasting("storage", self.storage)
+        self.tracking.check()
+        if (database := database_path(self.tracking.given_uri or "")) is not None:
+            check_lasting("tracking.uri", database)
 
     def check_workers(self, num_workers: int) -> None:
         """Raise UserError if a step has fewer sequences than there are workers."""
@@ -153,6 +165,40 @@ class Recipe:
             ("memory", f"{states:,.2f} GiB of model and optimizer states on one worker, besides activations"),
             ("run", f"{self.storage}/runs/{self.name}"),
         ]
+
+
+def check_name(name: str) -> None:
+    """Raise UserError if a run's name can be no directory's."""
+    if name in ("", ".", "..") or "/" in name:
+        raise UserError(f"name = {name!r} must be a plain name: it becomes a directory.")
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise UserError(f"name = {name!r} holds what cannot be printed: it becomes a directory and a title.")
+    if (size := len(name.encode())) > _NAME_BYTES:
+        raise UserError(f"name is {size} bytes long and becomes a directory: give one of at most {_NAME_BYTES}.")
+    if name.endswith((".partial", ".shared")):
+        raise UserError(f"name = {name!r} ends like a file that is being written: choose another ending.")
+
+
+def check_lasting(key: str, place: str) -> None:
+    """Raise UserError for a place in the copy of the working directory that Ray makes for a submitted job."""
+    if _RAY_JOB in os.environ and (is_relative(place) or (not is_uri(place) and _RAY_COPY in plain_path(place))):
+        raise UserError(
+            f"{key} = {place} lies in the copy of the working directory that Ray makes for a submitted job, and "
+            "deletes later: give an absolute path outside, such as ~/doge, or a URI."
+        )
+
+
+def redacted(recipe: Recipe) -> Recipe:
+    """The recipe as it may be shown and kept, without the passwords and tokens of its URIs."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shown(item) for item in value]
+        return without_secrets(value) if isinstance(value, str) else value
+
+    return from_dict(Recipe, shown(to_dict(recipe)))
 
 
 # Keys that may change when a run is resumed: no sample and no gradient depends on them, or they only say when to stop.

@@ -67,6 +67,7 @@ def test_every_recipe_survives_being_written_and_read():
         ({"training": {"save_seconds": 0}}, "training.save_seconds must be above 0, or null for no bound, not 0"),
         ({"training": {"spike_factor": 1.0}}, "training.spike_factor must be above 1, not 1: it bounds the loss"),
         ({"scaling": {"resources_per_worker": {"GPU": 0.5}}}, "asks for 0.5 GPU, but a worker takes one whole GPU"),
+        ({"tracking": {"experiment": " "}}, "tracking.experiment is empty"),
         ({"scaling": {"max_failures": -2}}, r"scaling.max_failures must be at least -1 \(no limit\), not -2"),
     ],
 )
@@ -90,6 +91,9 @@ def test_unknown_keys_and_wrong_types_are_named(values, sentence):
         ),
         ({"name": "a/b"}, "plain name"),
         ({"name": ".."}, "plain name"),
+        ({"tracking": {"uri": "localhost:5000"}}, "without its protocol: write http://localhost:5000"),
+        ({"tracking": {"uri": "/data/my runs"}}, "a directory, .* give sqlite:////data/my runs/mlflow.db, or http"),
+        ({"tracking": {"uri": "file:///data/runs"}}, "a directory, .* give sqlite:////data/runs/mlflow.db, or http"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(values, sentence):
