@@ -130,7 +130,8 @@ class Coordinator:
                     errand.cancel()
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
-            await self._board.stop.remote(f"The coordinator of the run failed: {error!r}.")
+            with contextlib.suppress(ray.exceptions.RayError):  # it may be the board that is lost
+                await self._board.stop.remote(f"The coordinator of the run failed: {error!r}.")
             raise error from None
         finally:
             for handle in self._handles.values():

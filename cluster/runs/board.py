@@ -6,9 +6,15 @@ driver's journal when it returns, so that a checkpoint never gets ahead of the r
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 from cluster.elastic.events import Event
+from doge.common.errors import UserError
+
+BUSY_SECONDS = 0.5  # between two calls of a board that cannot take one now
+
+_MEMORY_SIGNS = ("memory usage threshold", "low on memory", "OutOfMemory", "(OOM)")  # in what Ray's memory monitor says
 
 
 class Board:
@@ -77,8 +83,15 @@ class DriverBoard(Protocol):
     def stopped(self) -> str | None: ...
 
 
+class BoardLost(UserError):
+    """The board has ended, and with it whatever its hosts had told and the journal had not got."""
+
+
 class BoardActor:
-    """A board that runs as an actor on this node; ``handle`` is what hosts are sent."""
+    """A board that runs as an actor on this node; ``handle`` is what hosts are sent.
+
+    `take` and `stopped` raise BoardLost once the actor has ended.
+    """
 
     def __init__(self) -> None:
         import ray
@@ -89,14 +102,15 @@ class BoardActor:
         self.handle: Any = ray.remote(Board).options(**options).remote()
 
     def take(self, journaled: int) -> list[Event]:
-        taken: list[Event] = self._answer(self.handle.take.remote(journaled))
+        taken: list[Event] = self._ask("take", journaled)
         return taken
 
     def stop(self, reason: str, unrecorded: bool = False) -> None:
-        self._answer(self.handle.stop.remote(reason, unrecorded=unrecorded))
+        with suppress(BoardLost):  # nobody goes on without it
+            self._ask("stop", reason, unrecorded)
 
     def stopped(self) -> str | None:
-        reason: str | None = self._answer(self.handle.stopped.remote())
+        reason: str | None = self._ask("stopped")
         return reason
 
     def close(self) -> None:
@@ -105,7 +119,25 @@ class BoardActor:
 
         ray.kill(self.handle)
 
-    def _answer(self, reference: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the actor's method, each of which may be called twice, and return the answer."""
         import ray
 
-        return ray.get(reference)
+        while True:
+            try:
+                return ray.get(getattr(self.handle, method).remote(*arguments))
+            except ray.exceptions.ActorUnavailableError:  # too busy to take a call
+                time.sleep(BUSY_SECONDS)
+            except ray.exceptions.RayError as error:
+                raise BoardLost(why_ray_ended("the process that gathers what the workers tell", error)) from error
+
+
+def why_ray_ended(what: str, error: Exception) -> str:
+    """A sentence without its full stop: a process on this machine was ended, why if that is known, and what to do."""
+    text = str(error).strip()
+    if any(sign in text for sign in _MEMORY_SIGNS):
+        return (
+            f"This machine's memory is full, and Ray ended {what}: free some of it and run the same command to resume"
+        )
+    last = text.splitlines()[-1].strip().removesuffix(".")[:200] if text else type(error).__name__
+    return f"Ray lost {what} ({last}): run the same command to resume"

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from cluster.runs.board import DriverBoard
+from cluster.runs.board import BoardLost, DriverBoard
 from cluster.runs.journal import Journal
 from doge.common.errors import UserError
 
@@ -16,7 +16,8 @@ PATIENCE_SECONDS = 600  # with a disk that fails, once the run is over
 class Collector:
     """Works in a thread of its own for as long as its context lasts.
 
-    While the journal cannot be written, commits wait. Where it never can be again, the run is stopped.
+    While the journal cannot be written, commits wait. Where it never can be again, the run is stopped. Where the board
+    has ended, so has this thread, and `lost` says why.
 
     Args:
         say: takes a sentence for whoever watches the run.
@@ -24,8 +25,9 @@ class Collector:
 
     def __init__(self, board: DriverBoard, journal: Journal, say: Callable[[str], None]):
         self._board, self._journal, self._say = board, journal, say
-        self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="collector", daemon=True)
         self._over = threading.Event()
+        self.lost: BoardLost | None = None
 
     def __enter__(self) -> "Collector":
         self._thread.start()
@@ -35,6 +37,12 @@ class Collector:
         """Return once everything that was posted is in the journal, or once that was given up."""
         self._over.set()
         self._thread.join()
+
+    def _follow(self) -> None:
+        try:
+            self._work()
+        except BoardLost as error:
+            self.lost = error
 
     def _work(self) -> None:
         started, told, journaled, recording = time.monotonic(), False, 0, True

@@ -1,29 +1,30 @@
 """A pretraining run: the data prepared beside it, the model trained to its last step and exported."""
 
-import json
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.machines.connection import connect, resolve_seats
-from cluster.runs.board import BoardActor
+from cluster.runs.board import BoardActor, BoardLost
 from cluster.runs.console import Console
-from cluster.runs.forecast import remember_speeds
-from cluster.runs.recipe import Recipe, check_same_run
+from cluster.runs.recipe import Recipe, check_same_run, redacted
 from cluster.runs.run import Run, RunConfig
-from cluster.runs.sinks.ledger_sink import measured_speeds
-from cluster.runs.summary import Summary, summarise
-from doge.common.config_tree import flatten, from_dict, to_yaml
+from cluster.runs.sinks.ledger_sink import TIMELINE
+from cluster.runs.summary import Results, Summary, read_summary
+from doge.common.config_tree import flatten, from_dict, parse_yaml, to_dict, to_yaml
 from doge.common.errors import UserError
 from doge.common.lease import Claim
 from doge.common.storage import Storage
+from doge.common.words import listed
 from doge.model.configuration import check_same_function
 
 if TYPE_CHECKING:
     from cluster.elastic.workload import Job
     from data_pipelines.order.plan import Plan
     from doge.training.state.run_position import RunPosition
+    from doge.training.state.train_state import TrainState
 
 
 def pretrain(recipe: Recipe, start_from: str | None = None) -> Summary:
@@ -33,15 +34,22 @@ def pretrain(recipe: Recipe, start_from: str | None = None) -> Summary:
         start_from: path or URI of a checkpoint to begin a new run with.
 
     Raises:
-        UserError: bad input, said in one sentence.
+        UserError: bad input, said in one sentence; or the run is trained, and some of its results are missing.
     """
     recipe.check()
     pretraining = Pretraining(recipe, start_from)
     try:
-        summary = pretraining.finished() or pretraining.execute()
+        summary = pretraining.finished() or pretraining.complete() or pretraining.execute()
     finally:
         pretraining.console.close()
     summary.show(pretraining.console)
+    missing = [*summary.missing, *(f"events for {sink}" for sink in pretraining.run.undelivered)]
+    if missing:
+        model = "" if "model" in summary.missing else f" The model is in {summary.model}."
+        raise UserError(
+            f"The run {recipe.name} is trained, but lacks its {listed(missing)}: run the same command again to make "
+            f"what is missing.{model}"
+        )
     return summary
 
 
@@ -59,10 +67,11 @@ def pretraining_job(
     from cluster.machines.head_storage import share
     from cluster.runs.pretraining_phases import pretraining_settings
 
+    settings = pretraining_settings(recipe, plan, share(_open(start_from, recipe)) if start_from else None)
     return Job(
         name=recipe.name,
         workload="cluster.workloads.training_workload:TrainingWorkload",
-        settings=pretraining_settings(recipe, plan, share(_open(start_from, recipe)) if start_from else None),
+        settings=replace(settings, recipe=to_dict(redacted(recipe))),
         storage=storage,
         claim=claim,
         board=board,
@@ -84,7 +93,7 @@ class Pretraining:
             scaling=recipe.scaling,
             tracking=recipe.tracking,
             ledger=recipe.ledger,
-            parameters=flatten(recipe),
+            parameters=flatten(redacted(recipe)),
             tokens_per_step=training.global_batch_size * length,
             tokens_per_unit=length,
         )
@@ -92,21 +101,38 @@ class Pretraining:
         self._start: RunPosition | None = None  # where the checkpoint to start from stands
 
     def finished(self) -> Summary | None:
-        """The summary of this very run, if it has been finished before."""
+        """The summary of this very run, if all its results have been made before."""
         started = self._started_recipe()
         if started is None:
             return None
-        check_same_run(self.recipe, started)
-        with suppress(FileNotFoundError):
-            summary = from_dict(Summary, json.loads(self.run.directory.read_bytes("summary.json")))
-            if summary.step >= self.recipe.training.max_steps:
-                self.console.say(
-                    f"The run {self.recipe.name} is finished: choose another --name for a new run, or raise "
-                    "--training.max-steps to continue this one."
-                )
-                self.run.deliver_rest()
-                return summary
-        return None
+        check_same_run(redacted(self.recipe), started)
+        summary = read_summary(self.recipe, self.storage, self.run.directory)
+        if summary is None or summary.missing or summary.step < self.recipe.training.max_steps:
+            return None
+        self.console.say(
+            f"The run {self.recipe.name} is finished: choose another --name for a new run, or raise "
+            "--training.max-steps to continue this one."
+        )
+        self.run.deliver_rest()
+        return summary
+
+    def complete(self) -> Summary | None:
+        """Make the results that are missing of a run whose last step is made, without workers; None where it is not."""
+        from data_pipelines.order.plan import load_plan
+
+        if self._steps()[-1:] != [self.recipe.training.max_steps]:
+            return None
+        with self.run.claim():
+            checkpoint = self._last_checkpoint()
+            if checkpoint is None or checkpoint[0].step != self.recipe.training.max_steps:
+                return None
+            try:
+                plan = load_plan(self.storage, self.run.directory.read_bytes("data_plan").decode())
+            except FileNotFoundError:
+                return None
+            self.console.say(f"The run {self.recipe.name} is trained: making the results that it lacks.")
+            with self.run.record(at_work=False):
+                return self._make_results(plan, checkpoint)
 
     def execute(self) -> Summary:
         """Train to the last step; raises UserError where that cannot be done."""
@@ -122,18 +148,36 @@ class Pretraining:
         with run.claim(storage) as claim:
             plan = self._plan_data()
             with run.record():
-                run.directory.write_bytes("recipe.yaml", to_yaml(recipe).encode())
+                run.directory.write_bytes("recipe.yaml", to_yaml(redacted(recipe)).encode())
                 run.directory.write_bytes("data_plan", plan.fingerprint.encode())
-                run.work(
-                    lambda board: pretraining_job(recipe, plan, storage, claim, self.start_from, use_gpu, board),
-                    seats,
-                    lambda board, over: self._prepare(plan, storage, board, over),
-                )
-                figures = run.report(recipe.training.max_steps)
-                remember_speeds(recipe, self.storage, measured_speeds(figures))
-                summary = summarise(recipe, plan, self.storage, run)
-        console.say("")
-        console.table([*figures.rows(), ("timeline", run.directory.path("timeline.png"))])
+                try:
+                    run.work(
+                        lambda board: pretraining_job(recipe, plan, storage, claim, self.start_from, use_gpu, board),
+                        seats,
+                        lambda board, over: self._prepare(plan, storage, board, over),
+                    )
+                except BoardLost as lost:
+                    raise UserError(f"{lost} from step {max(self._steps(), default=0):,}.") from lost
+                checkpoint = self._last_checkpoint()
+                if checkpoint is None:
+                    raise UserError(
+                        f"{run.directory.path('checkpoints')} holds no whole checkpoint any more: run the same command "
+                        "again."
+                    )
+                return self._make_results(plan, checkpoint)
+
+    def _last_checkpoint(self) -> "tuple[TrainState, RunPosition] | None":
+        from doge.training.state.checkpoint import Checkpoints
+
+        return Checkpoints(self.run.directory / "checkpoints").latest()
+
+    def _make_results(self, plan: "Plan", checkpoint: "tuple[TrainState, RunPosition]") -> Summary:
+        results = Results(self.recipe, plan, self.storage, self.run, checkpoint)
+        summary = results.make()
+        if results.figures is not None:
+            self.console.say("")
+            timeline = ("timeline", self.run.directory.path(TIMELINE))
+            self.console.table([*results.figures.rows(), timeline])
         return summary
 
     def _plan_data(self) -> "Plan":
@@ -142,7 +186,8 @@ class Pretraining:
         from doge.tokenizer.loading import check_vocabulary
 
         recipe, started = self.recipe, self._started_recipe() if self._steps() else None
-        if started and (started.data, started.tokenizer) == (recipe.data, recipe.tokenizer):
+        shown = redacted(recipe)
+        if started and (started.data, started.tokenizer) == (shown.data, shown.tokenizer):
             with suppress(FileNotFoundError):
                 return load_plan(self.storage, self.run.directory.read_bytes("data_plan").decode())
         plan = make_plan(recipe.data, recipe.tokenizer, self.storage, self.console.say)
@@ -171,6 +216,8 @@ class Pretraining:
             if progress.documents:
                 self.console.say(f"Data {progress}")
         except Exception as error:
+            if over.is_set():  # Ray may be shut down by now
+                return
             board.stop(str(error) if isinstance(error, UserError) else f"Preparing the data failed: {error!r}.")
 
     def _steps(self) -> list[int]:
@@ -180,12 +227,14 @@ class Pretraining:
         return Checkpoints(self.run.directory / "checkpoints").steps()
 
     def _started_recipe(self) -> Recipe | None:
-        import yaml
-
+        """The recipe that the run was started with, without secrets."""
+        directory = self.run.directory
         try:
-            return from_dict(Recipe, yaml.safe_load(self.run.directory.read_bytes("recipe.yaml")))
+            text = directory.read_bytes("recipe.yaml").decode()
         except FileNotFoundError:
             return None
+        where = directory.path("recipe.yaml")
+        return from_dict(Recipe, parse_yaml(text, where), where)
 
     def _check_start(self) -> None:
         """Raise UserError early if this recipe cannot resume its run or begin from the checkpoint."""
@@ -202,7 +251,13 @@ class Pretraining:
         from doge.training.state.checkpoint import load_checkpoint
         from doge.training.state.train_state import check_fits
 
-        state, self._start = load_checkpoint(_open(self.start_from, self.recipe))
+        given = _open(self.start_from, self.recipe)
+        if checkpoints := given.names("checkpoints"):
+            raise UserError(
+                f"{self.start_from} is the directory of a run: give one of its checkpoints, such as "
+                f"{given.path(f'checkpoints/{checkpoints[-1]}')}."
+            )
+        state, self._start = load_checkpoint(given)
         check_fits(state, build_model(self.recipe.model.build()))
         check_same_function(self.recipe.model, from_dict(Recipe, self._start.recipe).model)
         training, schedule = self.recipe.training, self.recipe.lr_scheduler

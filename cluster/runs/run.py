@@ -13,7 +13,7 @@ from cluster.accounts.figures import Figures
 from cluster.accounts.ledger import DriverStarted, LedgerRecipe, WorkEnded
 from cluster.elastic.events import Event
 from cluster.machines.scaling import ScalingRecipe, SeatRequest
-from cluster.runs.board import BoardActor
+from cluster.runs.board import BoardActor, why_ray_ended
 from cluster.runs.collector import Collector
 from cluster.runs.console import Console
 from cluster.runs.journal import Journal, journal_directory
@@ -28,12 +28,13 @@ from cluster.workloads.training_events import MetricsMeasured
 from doge.common.errors import UserError
 from doge.common.lease import Claim, Lease
 from doge.common.storage import Storage
-from doge.reporting.tracking import Tracker, TrackingBusy, TrackingRecipe, tracking_uri
+from doge.reporting.tracking import Tracker, TrackingBusy, TrackingRecipe, database_path, tracking_uri
 
 if TYPE_CHECKING:
     from cluster.elastic.workload import Job
 
-OPENING_SECONDS = 15.0  # for MLflow to open before the run begins without it
+OPENING_SECONDS = 15.0  # for MLflow to open before the run begins without it; a new database takes long
+SERVER_SECONDS = 9.0  # the same for a server
 REPORT_SECONDS = 30.0  # for the ledger to take in the last events
 COMMIT_SECONDS = 25.0  # for the workers to commit once a user interrupted the run, or its machine is about to go
 INTERRUPTED_SECONDS = 5.0  # for every sink once a user interrupted the run
@@ -71,6 +72,8 @@ class Run:
         self._curves = CurvesSink(self.directory)
         self._tracking = TrackingSink(self._open_tracker, self.directory)
         self._samples = SamplesSink(self.directory)
+        self.undelivered: dict[str, str] = {}
+        """What the last delivery has left out: by the name of the sink, a sentence."""
         self.journal: Journal | None = None
         self._delivery: Delivery | None = None
         self._board: BoardActor | None = None
@@ -88,8 +91,11 @@ class Run:
             yield lease.claim
 
     @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self, at_work: bool = True) -> Iterator[None]:
         """Record events, and deliver them to all sinks; at the end, say what could not be delivered.
+
+        Args:
+            at_work: whether workers follow, for whom MLflow must be usable; else something is added to a trained run.
 
         Raises:
             UserError: the journal cannot be written, or MLflow cannot be used with these settings.
@@ -97,15 +103,17 @@ class Run:
         journal = self._open_journal()
         sinks = [ConsoleSink(self.console), self._ledger, self._curves, self._samples, self._tracking]
         delivery = self._delivery = Delivery(journal, sinks, self.console.say)
-        parameters = {name: str(value) for name, value in self.config.parameters.items()}
-        self.post(DriverStarted(time.monotonic(), parameters))
+        if at_work:
+            parameters = {name: str(value) for name, value in self.config.parameters.items()}
+            self.post(DriverStarted(time.monotonic(), parameters))
         delivery.start()
-        try:
-            self._check_tracking(delivery)
-        except UserError:
-            self.post(RunEnded("FAILED"))
-            delivery.close(0.0)
-            raise
+        if at_work:
+            try:
+                self._check_tracking(delivery)
+            except UserError:
+                self.post(RunEnded("FAILED"))
+                delivery.close(0.0)
+                raise
         status: Status = "FAILED"
         patience: float | None = None
         try:
@@ -117,8 +125,7 @@ class Run:
         finally:
             with suppress(UserError):  # the disk is full: this has been said
                 self.post(RunEnded(status))
-            for sentence in delivery.close(patience):
-                self.console.say(sentence)
+            self._end_delivery(delivery, patience)
 
     def post(self, event: Event) -> None:
         """Add an event of the driver's own. Raises UserError where the journal cannot be written."""
@@ -141,6 +148,7 @@ class Run:
             beside: is called in a thread of its own, and returns soon after the event is set.
 
         Raises:
+            BoardLost: what the hosts tell cannot be gathered any more, so that nothing can be committed.
             UserError: the run was stopped, with the reason.
         """
         import ray
@@ -159,8 +167,9 @@ class Run:
         trainer = SeatTrainer(take_seat, coordinator, seats, attempt, storage.path("ray_train"))
         over = threading.Event()
         helper = threading.Thread(target=beside, args=(board, over), daemon=True)
+        collector = Collector(board, self.journal, self.console.say)
         try:
-            with Collector(board, self.journal, self.console.say):
+            with collector:
                 helper.start()
                 try:
                     conducted = coordinator.conduct.remote()
@@ -171,14 +180,15 @@ class Run:
                     self._commit_before_the_end(coordinator)
                     raise
                 except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-                    last = str(error).strip().splitlines()[-1]
-                    board.stop(f"Ray ended the run ({last}): run the same command to resume.")
+                    board.stop(f"{why_ray_ended('a process of the run', error)}.")
                 finally:
                     over.set()
                     ray.kill(coordinator)
                 helper.join(timeout=10)  # all that the workers needed is there
-            if reason := board.stopped():
-                raise UserError(reason)
+            if collector.lost is not None:
+                raise collector.lost
+            if stopped := board.stopped():
+                raise UserError(stopped)
         finally:
             with suppress(UserError):  # a journal that cannot be written is a reason of its own
                 self.post(WorkEnded(time.monotonic()))
@@ -200,17 +210,20 @@ class Run:
         except (KeyboardInterrupt, ray.exceptions.RayError):
             self.console.say("The last step is not committed: the checkpoint before it is kept.")
 
+    def catch_up(self) -> None:
+        """Let the ledger and the curves take in all events so far, unless that takes too long."""
+        assert self._delivery is not None, "a run catches up while it is recorded"
+        self._delivery.catch_up([self._ledger, self._curves], REPORT_SECONDS)
+
     def report(self, step: int) -> Figures:
         """Record the run's figures at ``step`` and its timeline, and return the figures."""
-        assert self._delivery is not None, "a run reports while it is recorded"
-        self._delivery.catch_up([self._ledger, self._curves], REPORT_SECONDS)
         figures = self._ledger.figures()
         self.post(MetricsMeasured(step, figures.metrics()))
         self.post(FileWritten(self._ledger.draw_timeline(self.config.name)))
         return figures
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """``(step, value)`` of ``loss`` or ``held_out_loss``, as far as it is known after `report`."""
+        """``(step, value)`` of ``loss`` or ``held_out_loss``, as far as it is known after `catch_up`."""
         return self._curves.curve(metric)
 
     def deliver_rest(self) -> None:
@@ -222,8 +235,15 @@ class Run:
         with self.claim():
             delivery = Delivery(self._open_journal(), sinks, self.console.say)
             delivery.start()
-            for sentence in delivery.close():
-                self.console.say(sentence)
+            tracking = delivery.thread(self._tracking)
+            tracking.wait(lambda t: t.position >= journal.end or t.error is not None, OPENING_SECONDS)
+            self._end_delivery(delivery, 0.0 if _is_unusable(tracking.error) else None)
+
+    def _end_delivery(self, delivery: Delivery, seconds: float | None) -> None:
+        """Deliver what is left, and say what could not be."""
+        self.undelivered = delivery.close(seconds)
+        for sentence in self.undelivered.values():
+            self.console.say(sentence)
 
     def _open_journal(self) -> Journal:
         directory = journal_directory(self.directory)
@@ -240,12 +260,13 @@ class Run:
         """Raise UserError where MLflow answers soon that it cannot be used; one that is slow catches up later."""
         assert self.journal is not None, "MLflow is checked while the run is recorded"
         thread, begun = delivery.thread(self._tracking), self.journal.end
-        thread.wait(lambda t: t.position >= begun or t.error is not None, OPENING_SECONDS)
-        if isinstance(thread.error, UserError) and not isinstance(thread.error, TrackingBusy):
+        uri = tracking_uri(self.config.tracking, self.config.storage)
+        seconds = OPENING_SECONDS if database_path(uri) else min(SERVER_SECONDS, OPENING_SECONDS)
+        thread.wait(lambda t: t.position >= begun or t.error is not None, seconds)
+        if thread.error is not None and _is_unusable(thread.error):
             raise thread.error
         if thread.position < begun:
-            uri = tracking_uri(self.config.tracking, self.config.storage)
-            thread.note_lag(f"MLflow at {uri} has not answered for {OPENING_SECONDS:g} s.")
+            thread.note_lag(f"MLflow at {uri} has not answered for {seconds:g} s.")
 
     def _stop(self, reason: str) -> None:
         """End the run for good, with a sentence."""
@@ -264,6 +285,11 @@ def interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_unusable(error: Exception | None) -> bool:
+    """Whether MLflow, which gave this error, will hardly be usable in a while without the user."""
+    return isinstance(error, UserError) and not isinstance(error, TrackingBusy)
 
 
 def _unusable(journal: Journal, error: OSError) -> UserError:

@@ -1,4 +1,4 @@
-"""A worker that hangs, a second driver of the same run, a loss that turns NaN."""
+"""A worker that hangs, a second driver of the same run, a loss that turns NaN, a board that is ended."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import STEPS, losses, members, samples, small_recipe
 
-from cluster.runs.pretraining import pretrain
+from cluster.runs.pretraining import Pretraining, pretrain
 from doge.common.errors import UserError
 
 HANG_SECONDS = 15  # three times what the second driver needs to see that the first one lives
@@ -63,6 +63,17 @@ def test_a_worker_that_hangs_is_replaced_and_a_second_driver_refused(ray_cluster
     assert sorted(samples(recipe)) == list(range(STEPS))
     assert len(refusals) == 1
     assert "the training of hangs" in refusals[0]
+
+
+def test_a_board_that_is_ended_ends_the_run_with_the_step_to_resume_from(ray_cluster, home, texts, capfd):
+    import ray
+
+    pretraining = Pretraining(small_recipe(home, texts, name="boardless", scaling={"num_workers": 1}), None)
+    at_step(pretraining.recipe, 25, lambda: ray.kill(pretraining.run._board.handle))
+    with pytest.raises(UserError, match=r"^Ray lost the process .*: run the same command to resume from step [12]0\.$"):
+        pretraining.execute()
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err
 
 
 def test_a_loss_that_turns_nan_names_the_step_and_the_sequences(ray_cluster, home, texts):

@@ -1,5 +1,6 @@
 """Everything dies and the same command goes on, as a submitted job; checkpoints begin other runs."""
 
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,19 @@ def test_a_checkpoint_leaves_the_stable_phase_earlier(one_worker, texts, tmp_pat
     assert losses(early, "learning_rate")[STEPS - 2] == pytest.approx(3e-3)
     assert losses(recipe, "learning_rate")[STEPS - 2] < 3e-3
     assert samples(early)[STEPS - 10] == samples(recipe)[STEPS - 10]
+
+
+def test_a_result_that_is_missing_is_made_without_workers(one_worker, monkeypatch):
+    recipe, summary = one_worker
+    directory = Path(recipe.storage, "runs", recipe.name)
+    made = {name: (directory / name).stat().st_mtime_ns for name in ("model", "loss.png", "samples.txt")}
+    kept = json.loads((directory / "summary.json").read_text())
+    (directory / "samples.txt").unlink()
+    (directory / "summary.json").write_text(json.dumps(kept | {"samples": [], "missing": ["samples"]}))
+    monkeypatch.setattr(Pretraining, "execute", None)
+    assert pretrain(recipe) == summary
+    changed = {name for name, at in made.items() if (directory / name).stat().st_mtime_ns != at}
+    assert changed == {"samples.txt"}
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(one_worker, texts, tmp_path):

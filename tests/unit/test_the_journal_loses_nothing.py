@@ -197,7 +197,7 @@ def test_a_sink_that_fails_or_hangs_is_said_once_and_holds_no_other_up(tmp_path)
     assert quick.got == messages(*range(20))
     assert journal.first == 0  # the slow one still needs it all
     slow.free.set()
-    assert delivery.close() == []
+    assert delivery.close() == {}
     assert slow.got == messages(*range(20))
     assert said == [
         "memory cannot be written now, nothing waits for it and it catches up later: not yet",
@@ -211,13 +211,13 @@ def test_the_end_waits_for_no_sink_for_ever(tmp_path):
     delivery = Delivery(journal, [hung], print)
     delivery.start()
     journal.append(messages(0, 1, 2))
-    (sentence,) = delivery.close(0.2)
+    (sentence,) = delivery.close(0.2).values()
     assert sentence.startswith("memory has not got the last 3 events of the run (it does not answer).")
     again = Fails()
     again.free.set()
     second = Delivery(Journal(tmp_path), [again], print)
     second.start()
-    assert second.close() == []
+    assert second.close() == {}
     assert again.got == messages(0, 1, 2)
 
 

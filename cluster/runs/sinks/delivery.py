@@ -167,13 +167,13 @@ class Delivery:
         threads = [self.thread(sink) for sink in sinks]
         return all(thread.wait(lambda t: t.position >= end, deadline - time.monotonic()) for thread in threads)
 
-    def close(self, seconds: float | None = None) -> list[str]:
+    def close(self, seconds: float | None = None) -> dict[str, str]:
         """Give every sink its time, but at most ``seconds``, to deal with all that is left.
 
         Returns:
-            For each that did not, a sentence that says what is missing.
+            For each that did not, by its name, a sentence that says what is missing.
         """
-        began, missing = time.monotonic(), []
+        began, missing = time.monotonic(), {}
         for thread in self._threads:
             thread.close()
         for thread in self._threads:
@@ -181,7 +181,7 @@ class Delivery:
             if not thread.wait(lambda t: t.closed, began + patience - time.monotonic()):
                 left, reason = self._journal.end - thread.needed, thread.error or "it does not answer"
                 if left > 0:
-                    missing.append(
+                    missing[thread.sink.name] = (
                         f"{thread.sink.name} has not got the last {count(left, 'event')} of the run ({reason}). "
                         f"They are kept in {self._journal.directory}: run the same command again to deliver them."
                     )
@@ -190,7 +190,7 @@ class Delivery:
         self._journal.wake()
         if self._journal.unknown:
             kinds = ", ".join(f"{number} of the kind {kind}" for kind, number in self._journal.unknown.items())
-            missing.append(f"Events of another version that cannot be read were left out: {kinds}.")
+            self._say(f"Events of another version that cannot be read were left out: {kinds}.")
         return missing
 
     def _look(self) -> None:
