@@ -195,6 +195,30 @@ def test_each_key_lives_exactly_while_it_is_among_the_largest(bias, window, bloc
         assert kept_keys(torch.tensor(bias[: i + 1], dtype=torch.float32), window).tolist() == best
 
 
+DOCUMENTS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 99), DOCUMENTS, WINDOWS)
+def test_lifetimes_in_documents_are_those_of_each_document_alone(seed, documents, window):
+    seq = sum(documents)
+    bias = torch.randint(-2, 3, (2, 2, seq), generator=torch.Generator().manual_seed(seed)).float()
+    ends = torch.tensor(documents).cumsum(0).repeat_interleave(torch.tensor(documents)).expand(2, -1)
+    begin, expected = 0, []
+    for part in bias.split(documents, dim=-1):
+        expected.append(key_expiry(part, window) + begin)
+        begin += part.shape[-1]
+    assert torch.equal(lifetimes(bias, window, ends), torch.cat(expected, dim=-1))
+
+
+def test_lifetimes_wait_for_no_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # whose tensors have no values that could be read
+        ends = torch.empty(2, 40, dtype=torch.int64)
+        assert lifetimes(torch.empty(2, 3, 40), KeyWindow(7), ends).shape == (2, 3, 40)
+
+
 def test_expiry_keeps_rows_and_heads_apart():
     bias, window = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0)), KeyWindow(5)
     expiry = key_expiry(bias, window)

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 from doge.model.attention import KeyWindow, dynamic_mask_attention, key_expiry, lifetimes
 from doge.model.attention.backends import registry
 from doge.model.attention.backends import triton_attention as triton_module
-from doge.model.attention.backends.triton_attention import Blocks, supports, triton_attention
+from doge.model.attention.backends.triton_attention import supports, triton_attention
 from doge.model.attention.key_bias import key_bias
 from doge.model.attention.layer import PADDED_KEY_BIAS
+from doge.model.attention.triton_blocks import Blocks, Card, KernelBlocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(triton_module.triton is None, reason="needs triton")
@@ -54,7 +56,7 @@ def test_it_declines_what_no_kernel_takes():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
 def test_where_they_decline_pytorch_computes_and_the_reason_is_said(monkeypatch, head_dim, dtype, reason, caplog):
-    monkeypatch.setattr(triton_module, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(triton_module, "_card", lambda device: Card(75, 64 << 10))
     registry._warn_once.cache_clear()
     assert registry.choose_backend(torch.device("cuda"), dtype, head_dim, dropout=False).name == "torch_sdpa"
     assert [reason in record.message for record in caplog.records] == [True]
@@ -63,7 +65,7 @@ def test_where_they_decline_pytorch_computes_and_the_reason_is_said(monkeypatch,
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the CPU")
 def test_an_nvidia_gpu_gets_them_unless_weights_are_dropped(monkeypatch):
-    monkeypatch.setattr(triton_module, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(triton_module, "_card", lambda device: Card(80, 163 << 10))
     names = [registry.choose_backend(torch.device("cuda"), torch.bfloat16, 64, drop).name for drop in (False, True)]
     assert names == ["triton", "torch_sdpa"]
 
@@ -99,12 +101,15 @@ def windowed_expiry(bias, window, lengths=None):
     return torch.cat(pieces, dim=-1).int()
 
 
-def compare(inputs, expiry, atol=2e-5):
-    """Outputs and the four gradients against the reference; returns the kernels' results."""
+def compare(inputs, expiry, atol=2e-5, **given):
+    """Outputs and the four gradients against the reference; returns the kernels' results.
+
+    The kernels are given the expiry, or else what tells it.
+    """
     weights = torch.randn(inputs[0].transpose(1, 2).shape, generator=torch.Generator().manual_seed(1))
     results = []
-    for attend in (triton_attention, dense_attention):
-        output = attend(*inputs, expiry)
+    for attend in (partial(triton_attention, **(given or {"expiry": expiry})), partial(dense_attention, expiry=expiry)):
+        output = attend(*inputs)
         results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
     for ours, defined, name in zip(*results, ("output", "query", "key", "value", "bias"), strict=True):
         assert ours.dtype == (torch.float32 if name == "bias" else inputs[0].dtype)
@@ -120,8 +125,9 @@ WIDE, TALL = Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1)
 @pytest.fixture(autouse=True)
 def blocks(request, monkeypatch):
     """Small blocks of queries and keys, forward and backward: several of each kind in few tokens."""
-    chosen = getattr(request, "param", (TALL, TALL))
-    monkeypatch.setattr(triton_module, "choose_blocks", lambda query: chosen)
+    forward, backward = getattr(request, "param", (TALL, TALL))
+    transposed = Blocks(backward.keys, backward.queries, *backward[2:])
+    monkeypatch.setattr(triton_module, "choose_blocks", lambda *_: KernelBlocks(forward, backward, transposed))
 
 
 @interpreted
@@ -143,6 +149,39 @@ def test_documents_end_by_expiry(blocks):
     compare(inputs, windowed_expiry(inputs[3], 30, lengths))
 
 
+def ends_of(*rows):
+    """(batch, seq) int64: where each token's document ends, for rows of document lengths."""
+    lengths = [torch.tensor(row) for row in rows]
+    return torch.stack([each.cumsum(0).repeat_interleave(each) for each in lengths])
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [(TALL, TALL), (WIDE, WIDE)], indirect=True, ids=["tall", "wide"])
+@pytest.mark.parametrize("rows", [([1, 15, 20, 60], [96]), ([2, 70, 1], [40, 31, 2])], ids=["whole", "ragged"])
+def test_ends_of_documents_do_for_the_expiry_of_every_key(blocks, rows, monkeypatch):
+    from doge.model.attention import triton_tiles
+
+    monkeypatch.setattr(
+        triton_tiles, "CHUNK", triton_module.triton.language.constexpr(32)
+    )  # of which a row has several
+    ends = ends_of(*rows)
+    inputs = random_inputs(ends.shape[1], batch=2)
+    launched = []
+    monkeypatch.setattr(triton_module, "run_forward", partial(triton_module.run_forward, launch=recorder(launched)))
+    compare(inputs, ends[:, None].expand(-1, 1, -1), document_ends=ends)
+    assert launched == ["attend"]  # no lists of key blocks are made for a layer
+
+
+def recorder(launched):
+    """A launch that notes the names of the kernels."""
+
+    def launch(kernel, grid, *arguments, **options):
+        launched.append(kernel.__name__)
+        kernel[grid](*arguments, **options)
+
+    return launch
+
+
 @interpreted
 @pytest.mark.parametrize("seq", [1, 16])
 def test_any_length_will_do(seq):
@@ -153,10 +192,12 @@ def test_any_length_will_do(seq):
 @interpreted
 def test_blocks_dead_between_living_ones_are_not_visited():
     """The first key lives for ever, as attention sinks do, and the keys 32 to 47 until 96; others see themselves."""
+    from doge.model.attention.triton_launches import list_key_blocks
+
     expiry = torch.arange(1, 131).int()
     expiry[0], expiry[32:48] = 130, 96
     expiry = expiry.expand(2, 1, -1).contiguous()
-    lists, counts = triton_module._list_key_blocks(expiry, 130, TALL)
+    lists, counts = list_key_blocks(expiry, TALL)
     assert lists.shape == (2, 1, 5, 9)
     assert counts[1, 0].tolist() == [[0, 0], [0, 1], [1, 1], [0, 1], [0, 1]]  # without mask, with mask
     assert (lists[1, 0, 2, 0], lists[1, 0, 2, -1]) == (2, 0)
@@ -245,3 +286,34 @@ def test_with_lifetimes_it_is_dynamic_mask_attention(documents, window):
     torch.testing.assert_close(
         ours, dynamic_mask_attention(*inputs, window=window, document_ends=ends), atol=2e-5, rtol=0
     )
+
+
+@interpreted
+@pytest.mark.parametrize(("ended_by", "kv_heads"), [("nothing", 2), ("documents", 2), ("expiry", 1)])
+def test_the_operations_are_what_they_tell_torch_compile(ended_by, kv_heads):
+    inputs = random_inputs(17, heads=2, kv_heads=kv_heads)
+    rows = [x.detach() for x in inputs]
+    ends = ends_of([9, 8]) if ended_by == "documents" else None
+    expiry = windowed_expiry(rows[3], 5) if ended_by == "expiry" else None
+    torch.library.opcheck(triton_module._attend, (*inputs, expiry, ends))
+    output, log_sum = triton_module._attend(*rows, expiry, ends)
+    torch.library.opcheck(triton_module._backward, (output, output, log_sum, *rows, expiry, ends))
+
+
+@interpreted
+@pytest.mark.parametrize("window", [64, 9])
+@pytest.mark.parametrize("documents", [None, [20, 3, 10]])
+def test_compiled_attention_is_one_graph_and_equals_itself(window, documents):
+    inputs = random_inputs(33)
+    ends = ends_of(documents) if documents else None
+
+    def attend(query, key, value, bias):
+        backend = registry.BACKENDS["triton"]
+        return backend.attend(query, key, value, bias, KeyWindow(window), ends, None, 0.0)
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        output = function(*inputs)
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.equal(plain, compiled)

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from doge.model.attention.triton_tiles import LOG2_E, document_blocks, head_of, load_rows, scores_of, store_rows
+
 LEAST_SCORE = tl.constexpr(-1e29)  # above PADDED_KEY_BIAS, so that a padded key weighs nothing
 
 
 @triton.jit
 def fill_lists(expiry, lists, counts, seq, key_blocks, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr):
-    """`_list_key_blocks` for one block of queries and one kv head, CHUNK blocks of keys at a time."""
+    """`list_key_blocks` for one block of queries and one kv head, CHUNK blocks of keys at a time."""
     query_block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + query_block
     expiry += tl.program_id(1).to(tl.int64) * seq
@@ -35,64 +36,6 @@ def fill_lists(expiry, lists, counts, seq, key_blocks, QUERIES: tl.constexpr, KE
 
 
 @triton.jit
-def _load_rows(states, start, stride, seq, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """Load (ROWS, HEAD_DIM) from token `start` on; zero from token `seq` on if CHECK."""
-    rows = tl.arange(0, ROWS)
-    states += start * tl.cast(stride, tl.int64)
-    pointers = states + rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    if CHECK:
-        return tl.load(pointers, mask=(start + rows < seq)[:, None], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _store_rows(states, tile, start, stride, seq, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """The inverse of `_load_rows`."""
-    rows = tl.arange(0, ROWS)
-    states += start * tl.cast(stride, tl.int64)
-    pointers = states + rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    tile = tile.to(states.dtype.element_ty)
-    if CHECK:
-        tl.store(pointers, tile, mask=(start + rows < seq)[:, None])
-    else:
-        tl.store(pointers, tile)
-
-
-@triton.jit
-def _head(states, batch, head, batch_stride, head_stride):
-    """Pointer to the start of a head in a row of the batch."""
-    return states + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-
-
-@triton.jit
-def _scores(
-    query, key_head, bias_head, expiry_head, start, first_query, key_stride, bias_stride, seq, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, EXPIRES: tl.constexpr,
-    CHECK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Base-2 scores (QUERIES, KEYS), minus infinity where a key is not seen; and the keys."""
-    key = _load_rows(key_head, start, key_stride, seq, KEYS, HEAD_DIM, CHECK)
-    j = start + tl.arange(0, KEYS)
-    bias_head += start * tl.cast(bias_stride, tl.int64)
-    bias_pointers = bias_head + tl.arange(0, KEYS) * bias_stride
-    bias = tl.load(bias_pointers, mask=j < seq, other=0.0) if CHECK else tl.load(bias_pointers)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    scores = scores * scale + (bias * LOG2_E)[None, :]
-    if CAUSAL or EXPIRES:
-        i = first_query + tl.arange(0, QUERIES)
-        if EXPIRES:
-            expiry = tl.load(expiry_head + j, mask=j < seq, other=0) if CHECK else tl.load(expiry_head + j)
-            visible = i[:, None] < expiry[None, :]
-            if CAUSAL:
-                visible = visible & (j[None, :] <= i[:, None])
-        else:
-            visible = j[None, :] <= i[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
-    return scores, key
-
-
-@triton.jit
 def _attend_to_blocks(
     total, row_max, row_sum, query, key_head, value_head, bias_head, expiry_head, blocks, first, last,
     first_query, key_stride, value_stride, bias_stride, seq, scale,
@@ -103,7 +46,7 @@ def _attend_to_blocks(
     for index in range(first, last):
         block = tl.load(blocks + index) if LISTED else index
         start = block * KEYS
-        scores, _ = _scores(
+        scores, _ = scores_of(
             query, key_head, bias_head, expiry_head, start, first_query, key_stride, bias_stride, seq, scale,
             QUERIES, KEYS, HEAD_DIM, CAUSAL, EXPIRES, CHECK, PRECISION,
         )  # fmt: skip
@@ -111,7 +54,7 @@ def _attend_to_blocks(
         weights = tl.exp2(scores - new_max[:, None])
         decay = tl.exp2(row_max - new_max)
         row_sum = row_sum * decay + tl.sum(weights, 1)
-        value = _load_rows(value_head, start, value_stride, seq, KEYS, HEAD_DIM, CHECK)
+        value = load_rows(value_head, start, value_stride, seq, KEYS, HEAD_DIM, CHECK)
         total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision=PRECISION)
         row_max = new_max
     return total, row_max, row_sum
@@ -121,8 +64,9 @@ def _attend_to_blocks(
 def attend(
     query, key, value, bias, expiry, lists, counts, output, log_sum,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    bias_batch, bias_head, bias_token, output_batch, output_head, output_token, heads, kv_heads, seq, scale,
-    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr,
+    bias_batch, bias_head, bias_token, expiry_batch, expiry_head, output_batch, output_head, output_token,
+    heads, kv_heads, seq, scale,
+    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr, LISTED: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The output of one block of queries of one head, and the base-2 logarithms of the sums of its weights."""
@@ -130,42 +74,40 @@ def attend(
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     kv_head = head // (heads // kv_heads)
-    kv_row = batch.to(tl.int64) * kv_heads + kv_head
-    key = _head(key, batch, kv_head, key_batch, key_head)
-    value = _head(value, batch, kv_head, value_batch, value_head)
-    bias = _head(bias, batch, kv_head, bias_batch, bias_head)
+    key = head_of(key, batch, kv_head, key_batch, key_head)
+    value = head_of(value, batch, kv_head, value_batch, value_head)
+    bias = head_of(bias, batch, kv_head, bias_batch, bias_head)
     first_query = query_block * QUERIES
-    query = _head(query, batch, head, query_batch, query_head)
-    query = _load_rows(query, first_query, query_token, seq, QUERIES, HEAD_DIM, RAGGED)
+    query = head_of(query, batch, head, query_batch, query_head)
+    query = load_rows(query, first_query, query_token, seq, QUERIES, HEAD_DIM, RAGGED)
     scale = scale * LOG2_E
 
     total = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
     maximum = tl.full([QUERIES], LEAST_SCORE, tl.float32)
     row_sum = tl.zeros([QUERIES], tl.float32)
     diagonal = first_query // KEYS
+    whole, whole_end = 0, diagonal  # blocks that need no mask, or where the lists have them
     if EXPIRES:
-        expiry += kv_row * seq
-        key_blocks = tl.cdiv(seq, KEYS)
-        row = kv_row * tl.num_programs(0) + query_block
-        lists += row * key_blocks
-        num_whole = tl.load(counts + row * 2)
-        num_partial = tl.load(counts + row * 2 + 1)
+        expiry = head_of(expiry, batch, kv_head, expiry_batch, expiry_head)
+        if LISTED:
+            key_blocks = tl.cdiv(seq, KEYS)
+            row = (batch.to(tl.int64) * kv_heads + kv_head) * tl.num_programs(0) + query_block
+            lists += row * key_blocks
+            partial, partial_end = key_blocks - tl.load(counts + row * 2 + 1), key_blocks
+            whole_end = tl.load(counts + row * 2)
+        else:
+            partial, whole = document_blocks(expiry, first_query, seq, QUERIES, KEYS)
+            partial_end = whole
         total, maximum, row_sum = _attend_to_blocks(
-            total, maximum, row_sum, query, key, value, bias, expiry, lists, 0, num_whole,
+            total, maximum, row_sum, query, key, value, bias, expiry, lists, partial, partial_end,
             first_query, key_token, value_token, bias_token, seq, scale,
-            QUERIES, KEYS, HEAD_DIM, True, False, False, False, PRECISION,
+            QUERIES, KEYS, HEAD_DIM, LISTED, False, True, False, PRECISION,
         )  # fmt: skip
-        total, maximum, row_sum = _attend_to_blocks(
-            total, maximum, row_sum, query, key, value, bias, expiry, lists, key_blocks - num_partial, key_blocks,
-            first_query, key_token, value_token, bias_token, seq, scale,
-            QUERIES, KEYS, HEAD_DIM, True, False, True, False, PRECISION,
-        )  # fmt: skip
-    else:
-        total, maximum, row_sum = _attend_to_blocks(
-            total, maximum, row_sum, query, key, value, bias, expiry, lists, 0, diagonal,
-            first_query, key_token, value_token, bias_token, seq, scale,
-            QUERIES, KEYS, HEAD_DIM, False, False, False, False, PRECISION,
-        )  # fmt: skip
+    total, maximum, row_sum = _attend_to_blocks(
+        total, maximum, row_sum, query, key, value, bias, expiry, lists, whole, whole_end,
+        first_query, key_token, value_token, bias_token, seq, scale,
+        QUERIES, KEYS, HEAD_DIM, LISTED, False, False, False, PRECISION,
+    )  # fmt: skip
     last = tl.cdiv(tl.minimum(first_query + QUERIES, seq), KEYS)
     total, maximum, row_sum = _attend_to_blocks(
         total, maximum, row_sum, query, key, value, bias, expiry, lists, diagonal, last,
@@ -176,8 +118,8 @@ def attend(
     i = first_query + tl.arange(0, QUERIES)
     seen = row_sum > 0
     total = total / tl.where(seen, row_sum, 1.0)[:, None]
-    output = _head(output, batch, head, output_batch, output_head)
-    _store_rows(output, total, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
+    output = head_of(output, batch, head, output_batch, output_head)
+    store_rows(output, total, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
     rows = tl.program_id(1).to(tl.int64) * seq + i
     # With an infinite sum, the backward pass recomputes weights of zero.
     tl.store(log_sum + rows, tl.where(seen, maximum + tl.log2(row_sum), float("inf")), mask=i < seq)
@@ -192,10 +134,10 @@ def sum_output_products(
     start = tl.program_id(0) * BLOCK
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    output = _head(output, batch, head, output_batch, output_head)
-    output_grad = _head(output_grad, batch, head, grad_batch, grad_head)
-    outputs = _load_rows(output, start, output_token, seq, BLOCK, HEAD_DIM, True).to(tl.float32)
-    grads = _load_rows(output_grad, start, grad_token, seq, BLOCK, HEAD_DIM, True).to(tl.float32)
+    output = head_of(output, batch, head, output_batch, output_head)
+    output_grad = head_of(output_grad, batch, head, grad_batch, grad_head)
+    outputs = load_rows(output, start, output_token, seq, BLOCK, HEAD_DIM, True).to(tl.float32)
+    grads = load_rows(output_grad, start, grad_token, seq, BLOCK, HEAD_DIM, True).to(tl.float32)
     i = start + tl.arange(0, BLOCK)
     tl.store(delta + tl.program_id(1).to(tl.int64) * seq + i, tl.sum(outputs * grads, 1), mask=i < seq)
 
@@ -211,8 +153,8 @@ def _query_gradient_of_blocks(
     for index in range(first, last):
         block = tl.load(blocks + index) if LISTED else index
         start = block * KEYS
-        value = _load_rows(value_head, start, value_stride, seq, KEYS, HEAD_DIM, CHECK)
-        scores, key = _scores(
+        value = load_rows(value_head, start, value_stride, seq, KEYS, HEAD_DIM, CHECK)
+        scores, key = scores_of(
             query, key_head, bias_head, expiry_head, start, first_query, key_stride, bias_stride, seq, scale,
             QUERIES, KEYS, HEAD_DIM, CAUSAL, EXPIRES, CHECK, PRECISION,
         )  # fmt: skip
@@ -227,9 +169,9 @@ def _query_gradient_of_blocks(
 def differentiate_query(
     query, key, value, bias, expiry, output_grad, log_sum, delta, lists, counts, query_grad,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    bias_batch, bias_head, bias_token, output_batch, output_head, output_token,
+    bias_batch, bias_head, bias_token, expiry_batch, expiry_head, output_batch, output_head, output_token,
     query_grad_batch, query_grad_head, query_grad_token, heads, kv_heads, seq, scale,
-    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr, LISTED: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head."""
@@ -237,15 +179,14 @@ def differentiate_query(
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     kv_head = head // (heads // kv_heads)
-    kv_row = batch.to(tl.int64) * kv_heads + kv_head
-    key = _head(key, batch, kv_head, key_batch, key_head)
-    value = _head(value, batch, kv_head, value_batch, value_head)
-    bias = _head(bias, batch, kv_head, bias_batch, bias_head)
+    key = head_of(key, batch, kv_head, key_batch, key_head)
+    value = head_of(value, batch, kv_head, value_batch, value_head)
+    bias = head_of(bias, batch, kv_head, bias_batch, bias_head)
     first_query = query_block * QUERIES
-    query = _head(query, batch, head, query_batch, query_head)
-    query = _load_rows(query, first_query, query_token, seq, QUERIES, HEAD_DIM, RAGGED)
-    output_grad = _head(output_grad, batch, head, output_batch, output_head)
-    output_grad = _load_rows(output_grad, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
+    query = head_of(query, batch, head, query_batch, query_head)
+    query = load_rows(query, first_query, query_token, seq, QUERIES, HEAD_DIM, RAGGED)
+    output_grad = head_of(output_grad, batch, head, output_batch, output_head)
+    output_grad = load_rows(output_grad, first_query, output_token, seq, QUERIES, HEAD_DIM, RAGGED)
     i = first_query + tl.arange(0, QUERIES)
     rows = tl.program_id(1).to(tl.int64) * seq + i
     log_sum = tl.load(log_sum + rows, mask=i < seq, other=float("inf"))
@@ -254,37 +195,36 @@ def differentiate_query(
 
     gradient = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
     diagonal = first_query // KEYS
+    whole, whole_end = 0, diagonal  # blocks that need no mask, or where the lists have them
     if EXPIRES:
-        expiry += kv_row * seq
-        key_blocks = tl.cdiv(seq, KEYS)
-        row = kv_row * tl.num_programs(0) + query_block
-        lists += row * key_blocks
-        num_whole = tl.load(counts + row * 2)
-        num_partial = tl.load(counts + row * 2 + 1)
+        expiry = head_of(expiry, batch, kv_head, expiry_batch, expiry_head)
+        if LISTED:
+            key_blocks = tl.cdiv(seq, KEYS)
+            row = (batch.to(tl.int64) * kv_heads + kv_head) * tl.num_programs(0) + query_block
+            lists += row * key_blocks
+            partial, partial_end = key_blocks - tl.load(counts + row * 2 + 1), key_blocks
+            whole_end = tl.load(counts + row * 2)
+        else:
+            partial, whole = document_blocks(expiry, first_query, seq, QUERIES, KEYS)
+            partial_end = whole
         gradient = _query_gradient_of_blocks(
             gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
-            0, num_whole, first_query, key_token, value_token, bias_token, seq, exponent,
-            QUERIES, KEYS, HEAD_DIM, True, False, False, False, PRECISION,
+            partial, partial_end, first_query, key_token, value_token, bias_token, seq, exponent,
+            QUERIES, KEYS, HEAD_DIM, LISTED, False, True, False, PRECISION,
         )  # fmt: skip
-        gradient = _query_gradient_of_blocks(
-            gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
-            key_blocks - num_partial, key_blocks, first_query, key_token, value_token, bias_token, seq, exponent,
-            QUERIES, KEYS, HEAD_DIM, True, False, True, False, PRECISION,
-        )  # fmt: skip
-    else:
-        gradient = _query_gradient_of_blocks(
-            gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
-            0, diagonal, first_query, key_token, value_token, bias_token, seq, exponent,
-            QUERIES, KEYS, HEAD_DIM, False, False, False, False, PRECISION,
-        )  # fmt: skip
+    gradient = _query_gradient_of_blocks(
+        gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
+        whole, whole_end, first_query, key_token, value_token, bias_token, seq, exponent,
+        QUERIES, KEYS, HEAD_DIM, LISTED, False, False, False, PRECISION,
+    )  # fmt: skip
     last = tl.cdiv(tl.minimum(first_query + QUERIES, seq), KEYS)
     gradient = _query_gradient_of_blocks(
         gradient, query, output_grad, log_sum, delta, key, value, bias, expiry, lists,
         diagonal, last, first_query, key_token, value_token, bias_token, seq, exponent,
         QUERIES, KEYS, HEAD_DIM, False, True, EXPIRES, RAGGED, PRECISION,
     )  # fmt: skip
-    query_grad = _head(query_grad, batch, head, query_grad_batch, query_grad_head)
-    _store_rows(query_grad, gradient * scale, first_query, query_grad_token, seq, QUERIES, HEAD_DIM, RAGGED)
+    query_grad = head_of(query_grad, batch, head, query_grad_batch, query_grad_head)
+    store_rows(query_grad, gradient * scale, first_query, query_grad_token, seq, QUERIES, HEAD_DIM, RAGGED)
 
 
 @triton.jit
@@ -298,8 +238,8 @@ def _key_gradients_of_blocks(
     for block in range(first, last):
         start = block * QUERIES
         i = start + tl.arange(0, QUERIES)
-        query = _load_rows(query_head, start, query_stride, seq, QUERIES, HEAD_DIM, RAGGED)
-        output_grad = _load_rows(output_grad_head, start, output_stride, seq, QUERIES, HEAD_DIM, RAGGED)
+        query = load_rows(query_head, start, query_stride, seq, QUERIES, HEAD_DIM, RAGGED)
+        output_grad = load_rows(output_grad_head, start, output_stride, seq, QUERIES, HEAD_DIM, RAGGED)
         if RAGGED:
             logarithm = tl.load(log_sum + i, mask=i < seq, other=float("inf"))
             products = tl.load(delta + i, mask=i < seq, other=0.0)
@@ -325,7 +265,7 @@ def _key_gradients_of_blocks(
 def differentiate_key(
     query, key, value, bias, expiry, output_grad, log_sum, delta, key_grad, value_grad, bias_grad,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    bias_batch, bias_head, bias_token, output_batch, output_head, output_token,
+    bias_batch, bias_head, bias_token, expiry_batch, expiry_head, output_batch, output_head, output_token,
     key_grad_batch, key_grad_head, key_grad_token, value_grad_batch, value_grad_head, value_grad_token,
     bias_grad_batch, bias_grad_head, bias_grad_token, heads, kv_heads, seq, scale,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EXPIRES: tl.constexpr,
@@ -337,11 +277,11 @@ def differentiate_key(
     kv_head = tl.program_id(1) % kv_heads
     group = heads // kv_heads
     j = first_key + tl.arange(0, KEYS)
-    key = _head(key, batch, kv_head, key_batch, key_head)
-    keys = _load_rows(key, first_key, key_token, seq, KEYS, HEAD_DIM, RAGGED)
-    value = _head(value, batch, kv_head, value_batch, value_head)
-    values = _load_rows(value, first_key, value_token, seq, KEYS, HEAD_DIM, RAGGED)
-    bias = _head(bias, batch, kv_head, bias_batch, bias_head)
+    key = head_of(key, batch, kv_head, key_batch, key_head)
+    keys = load_rows(key, first_key, key_token, seq, KEYS, HEAD_DIM, RAGGED)
+    value = head_of(value, batch, kv_head, value_batch, value_head)
+    values = load_rows(value, first_key, value_token, seq, KEYS, HEAD_DIM, RAGGED)
+    bias = head_of(bias, batch, kv_head, bias_batch, bias_head)
     biases = tl.load(bias + j.to(tl.int64) * bias_token, mask=j < seq, other=0.0) * LOG2_E
     exponent = scale * LOG2_E
 
@@ -353,7 +293,8 @@ def differentiate_key(
     whole = last
     expiries = j
     if EXPIRES:
-        expiries = tl.load(expiry + tl.program_id(1).to(tl.int64) * seq + j, mask=j < seq, other=0)
+        expiry = head_of(expiry, batch, kv_head, expiry_batch, expiry_head)
+        expiries = tl.load(expiry + j, mask=j < seq, other=0).to(tl.int32)
         last = tl.minimum(tl.cdiv(tl.max(expiries, 0), QUERIES), last)
         below = tl.minimum(below, last)
         whole = tl.min(tl.where(j < seq, expiries, seq), 0) // QUERIES
@@ -386,9 +327,9 @@ def differentiate_key(
                 QUERIES, KEYS, HEAD_DIM, False, True, RAGGED, PRECISION,
             )  # fmt: skip
 
-    key_grad = _head(key_grad, batch, kv_head, key_grad_batch, key_grad_head)
-    _store_rows(key_grad, keys_grad * scale, first_key, key_grad_token, seq, KEYS, HEAD_DIM, RAGGED)
-    value_grad = _head(value_grad, batch, kv_head, value_grad_batch, value_grad_head)
-    _store_rows(value_grad, values_grad, first_key, value_grad_token, seq, KEYS, HEAD_DIM, RAGGED)
-    bias_grad = _head(bias_grad, batch, kv_head, bias_grad_batch, bias_grad_head)
+    key_grad = head_of(key_grad, batch, kv_head, key_grad_batch, key_grad_head)
+    store_rows(key_grad, keys_grad * scale, first_key, key_grad_token, seq, KEYS, HEAD_DIM, RAGGED)
+    value_grad = head_of(value_grad, batch, kv_head, value_grad_batch, value_grad_head)
+    store_rows(value_grad, values_grad, first_key, value_grad_token, seq, KEYS, HEAD_DIM, RAGGED)
+    bias_grad = head_of(bias_grad, batch, kv_head, bias_grad_batch, bias_grad_head)
     tl.store(bias_grad + j.to(tl.int64) * bias_grad_token, biases_grad, mask=j < seq)

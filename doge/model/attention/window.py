@@ -39,7 +39,12 @@ class KeyWindow:
         return bias.masked_fill((order >= 0) & (order < self.num_sinks), torch.inf) if self.num_sinks else bias
 
 
-def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None = None) -> torch.Tensor:
+def key_expiry(
+    bias: torch.Tensor,
+    window: KeyWindow,
+    order: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The first query that no longer sees each key; among equal biases the later key is kept.
 
     A key is seen as long as fewer than W of the keys so far are larger. At the start of a block of n queries W keys are
@@ -53,6 +58,8 @@ def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None
         bias: (..., seq), only compared.
         window: Its size may be larger than seq.
         order: (..., seq), see `KeyWindow.ranking`; by default 0, 1, 2, ...
+        document_starts: (..., seq) int64, where in its row each token's document begins. Then a key's expiry is right
+            where it comes before the end of the key's document.
 
     Returns:
         (..., seq) int64; seq if the key is never pushed out, and j itself if key j never enters the window.
@@ -66,6 +73,8 @@ def key_expiry(bias: torch.Tensor, window: KeyWindow, order: torch.Tensor | None
     places = window.size - window.num_local
     rank = torch.empty_like(ranking, dtype=torch.int64)
     rank.scatter_(1, ranking.sort(dim=1, stable=True).indices, torch.arange(seq, device=bias.device).expand_as(rank))
+    if document_starts is not None:  # later documents outrank a key, which has ended when they come
+        rank += document_starts.expand(bias.shape).reshape(-1, seq) * seq
     flat = expiry.view(-1, seq)
     index = torch.arange(seq, device=bias.device).expand_as(rank)
     kept_rank, kept = rank[:, :places], index[:, :places]
@@ -88,6 +97,8 @@ def lifetimes(
 ) -> torch.Tensor | None:
     """`key_expiry` within documents, at whose end their keys expire: (batch, kv_heads, seq); `None` if no key expires.
 
+    Nothing waits for a device.
+
     Args:
         bias: (batch, kv_heads, seq).
         document_ends, order: See `dynamic_mask_attention`.
@@ -98,14 +109,11 @@ def lifetimes(
     ends = document_ends[:, None].expand(bias.shape)
     if seq <= window.size:
         return ends
-    expiry = ends.clone()
-    for row, lengths in enumerate(document_ends):
-        begin = 0
-        for end in lengths.unique_consecutive().tolist():
-            if end - begin > window.size:
-                expiry[row, :, begin:end] = key_expiry(bias[row, :, begin:end], window) + begin
-            begin = end
-    return expiry
+    index = torch.arange(seq, device=bias.device)
+    # As many tokens come before a document as belong to documents that have ended by then.
+    tokens = index.expand(document_ends.shape).contiguous()
+    starts = torch.searchsorted(document_ends.contiguous(), tokens, right=True)[:, None]
+    return torch.minimum(key_expiry(bias, window, index - starts, starts), ends)
 
 
 def take_keys(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 The score of query i and key j is `q_i . k_j / sqrt(head_dim) + bias_j`, and key j is seen by the queries
 `j <= i < expiry_j`; `doge.model.attention` tells how dynamic masks and packed documents become such intervals. No mask
-is materialised: memory is linear in the length, except for lists of key blocks with 4 bytes per pair of blocks.
+is materialised: memory is linear in the length, except for lists of key blocks with 4 bytes per pair of blocks, which
+only sequences longer than the window need. For torch.compile it is a single operation.
 
 The algorithm is that of FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
 
@@ -12,13 +13,14 @@ are masked by causality. For a block of keys, the queries of each kind are a ran
 """
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from doge.model.attention.backends.registry import register
 from doge.model.attention.gathered_chunks import attend_gathered_chunks
+from doge.model.attention.triton_blocks import Card, KernelBlocks, choose_blocks
 from doge.model.attention.window import KeyWindow, lifetimes
 
 try:
@@ -26,22 +28,12 @@ try:
 except ImportError:  # PyTorch's CPU builds come without it
     triton = None
 else:
-    from doge.model.attention import triton_kernels
+    from doge.model.attention.triton_launches import empty_gradient, run_backward, run_forward
 
 # The kernels visit a block of keys until all of its keys have expired, which is nearly half of the sequence per query.
 # In sequences longer than this many chunks, gathering the live keys is cheaper, although it wastes as many queries.
 GATHER_FROM_CHUNKS = 4
 QUERY_CHUNK = 1024  # queries of a chunk at least, so that a chunk fills a GPU
-LARGE_SHARED_MEMORY = 200 * 1024  # bytes; data centre GPUs since H100 have more, others (99 KiB on most cards) less
-
-
-class Blocks(NamedTuple):
-    """Block sizes: attention and the query's gradient use `queries` x `keys`, the key's gradient the transpose."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 @register
@@ -59,15 +51,14 @@ class TritonKernels:
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
         window: KeyWindow, document_ends: Tensor | None, order: Tensor | None, dropout_p: float,
     ) -> Tensor:  # fmt: skip
-        return _attend(query, key, value, bias, lifetimes(bias, window, document_ends, order), window.size)
-
-
-@torch.compiler.disable  # it would trace the kernels' autograd.Function
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, expiry: Tensor | None, window: int) -> Tensor:
-    chunk = max(window, QUERY_CHUNK)
-    if expiry is None or query.shape[2] <= GATHER_FROM_CHUNKS * chunk:
-        return triton_attention(query, key, value, bias, expiry)
-    return attend_gathered_chunks(triton_attention, query, key, value, bias, expiry, window, chunk)
+        seq = query.shape[2]
+        if seq <= window.size:  # all that ends is a document, the same in every layer: the kernels need no more
+            return _attend(query, key, value, bias, None, document_ends)[0]
+        expiry = _lifetimes(bias.detach(), document_ends, order, *astuple(window))
+        chunk = max(window.size, QUERY_CHUNK)
+        if seq <= GATHER_FROM_CHUNKS * chunk:
+            return _attend(query, key, value, bias, expiry, None)[0]
+        return attend_gathered_chunks(_attend_with_expiry, query, key, value, bias, expiry, window.size, chunk)
 
 
 def supports(query: torch.Tensor) -> bool:
@@ -88,167 +79,104 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
         return None if dtype in (torch.float16, torch.float32) else f"Triton's interpreter has no {dtype}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernels do not support {dtype}"
-    if device.type != "cuda" or torch.version.hip is not None or _capability(device)[0] < 8:
+    if device.type != "cuda" or torch.version.hip is not None or _card(device).architecture < 80:
         return "its kernels need an NVIDIA GPU of compute capability 8.0 or later"
     return None
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Shared memory that a block of threads may use, in bytes."""
+def _card(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's types lack it
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's types lack it
+    return Card(10 * properties.major + properties.minor, shared)
 
 
-def choose_blocks(query: torch.Tensor) -> tuple[Blocks, Blocks]:
-    """The blocks of the forward and of the backward pass, close to the choice of PyTorch's flex attention."""
-    head_dim = query.shape[-1]
-    if query.dtype == torch.float32 or not query.is_cuda:  # exact rather than fast
-        blocks = Blocks(32, 32, 4, 1) if head_dim <= 128 else Blocks(16, 16, 4, 1)
-        return blocks, blocks
-    if head_dim > 128:
-        return Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)
-    forward = Blocks(128, 64, 8 if head_dim == 128 else 4, 3)
-    if _shared_memory(query.device) >= LARGE_SHARED_MEMORY:
-        return forward, Blocks(128, 64, 8, 3)
-    return forward, Blocks(64, 64, forward.num_warps, 2)
+def _blocks(query: Tensor) -> KernelBlocks:
+    return choose_blocks(_card(query.device) if query.is_cuda else None, query.dtype, query.shape[-1])
 
 
 def triton_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, expiry: torch.Tensor | None
-) -> torch.Tensor:
-    """Attention of each query i to the keys j with `j <= i < expiry_j`; differentiable in all but the expiry.
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+    expiry: Tensor | None = None, document_ends: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of each query i to the keys j with `j <= i < expiry_j`; differentiable in query, key, value and bias.
 
     Args:
         query: (batch, heads, seq, head_dim), rotated; `supports` must accept it.
         key, value: (batch, kv_heads, seq, head_dim), the key rotated; heads is a multiple of kv_heads.
         bias: (batch, kv_heads, seq), float32, added to the scores of each key; a key of PADDED_KEY_BIAS is never seen.
-        expiry: (batch, kv_heads, seq), int32, the first query that no longer sees each key; `None`: no key expires.
+        expiry: (batch, kv_heads, seq), integers, the first query that no longer sees each key; `None`: no key expires.
+        document_ends: (batch, seq), integers, where each token's document ends: what every key's expiry is where
+            only documents end. Faster, and instead of expiry.
 
     Returns:
         (batch, seq, heads, head_dim) in the query's dtype, zero where a query sees no key.
 
     Raises:
-        ValueError: `supports` declines the query.
+        ValueError: `supports` declines the query, or there are both expiry and document_ends.
     """
     if not supports(query):
         raise ValueError(
             f"The attention kernels do not support {query.dtype} queries of head_dim {query.shape[-1]} on "
             f"{query.device}: use doge.model.attention.dynamic_mask_attention."
         )
-    return _TritonAttention.apply(query, key, value, bias, expiry)
+    if expiry is not None and document_ends is not None:
+        raise ValueError("Give expiry or document_ends, not both: doge.model.attention.lifetimes makes one of them.")
+    return _attend(query, key, value, bias, expiry, document_ends)[0]
 
 
-class _TritonAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, bias, expiry):
-        query, key, value = (_with_dense_rows(states) for states in (query, key, value))
-        expiry = None if expiry is None else expiry.int().contiguous()
-        batch, heads, seq, head_dim = query.shape
-        blocks, ctx.blocks = choose_blocks(query)
-        output = query.new_empty(batch, seq, heads, head_dim)
-        log_sum = query.new_empty(batch, heads, seq, dtype=torch.float32)
-        with torch.cuda.device_of(query):
-            lists, counts = _list_key_blocks(expiry, seq, blocks)
-            triton_kernels.attend[triton.cdiv(seq, blocks.queries), batch * heads](
-                *(query, key, value, bias, expiry, lists, counts, output, log_sum),
-                *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride()),
-                *_strides_by_head(output),
-                **_common_options(query, key, expiry, blocks),
-            )
-        if blocks[:2] != ctx.blocks[:2]:
-            lists, counts = None, None
-        ctx.save_for_backward(query, key, value, bias, expiry, lists, counts, output, log_sum)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_grad):
-        query, key, value, bias, expiry, lists, counts, output, log_sum = ctx.saved_tensors
-        batch, heads, seq, head_dim = query.shape
-        blocks = ctx.blocks
-        output_grad = _with_dense_rows(output_grad)
-        query_grad, key_grad, value_grad, bias_grad = (torch.empty_like(x) for x in (query, key, value, bias))
-        delta = torch.empty_like(log_sum)
-        inputs = (query, key, value, bias, expiry, output_grad, log_sum, delta)
-        strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride())
-        strides = (*strides, *_strides_by_head(output_grad))
-        options = _common_options(query, key, expiry, blocks)
-        with torch.cuda.device_of(query):
-            if lists is None:
-                lists, counts = _list_key_blocks(expiry, seq, blocks)
-            triton_kernels.sum_output_products[triton.cdiv(seq, 64), batch * heads](
-                *(output, output_grad, delta, *_strides_by_head(output), *_strides_by_head(output_grad)),
-                heads=heads,
-                seq=seq,
-                HEAD_DIM=head_dim,
-                BLOCK=64,
-            )
-            triton_kernels.differentiate_query[triton.cdiv(seq, blocks.queries), batch * heads](
-                *(*inputs, lists, counts, query_grad, *strides, *query_grad.stride()[:3]), **options
-            )
-            options |= {"QUERIES": blocks.keys, "KEYS": blocks.queries}
-            triton_kernels.differentiate_key[triton.cdiv(seq, blocks.queries), batch * key.shape[1]](
-                *(*inputs, key_grad, value_grad, bias_grad, *strides),
-                *(*key_grad.stride()[:3], *value_grad.stride()[:3], *bias_grad.stride()),
-                **options,
-            )
-        return query_grad, key_grad, value_grad, bias_grad, None
+@torch.library.custom_op("doge::key_lifetimes", mutates_args=())
+def _lifetimes(
+    bias: Tensor, document_ends: Tensor | None, order: Tensor | None, window: int, num_sinks: int, num_local: int
+) -> Tensor:
+    """`lifetimes` in sequences longer than the window, int32."""
+    expiry = lifetimes(bias, KeyWindow(window, num_sinks, num_local), document_ends, order)
+    assert expiry is not None
+    return expiry.int().contiguous()
 
 
-def _with_dense_rows(states: torch.Tensor) -> torch.Tensor:
-    """The same tensor, copied only if the channels of a token are not contiguous."""
-    return states if states.stride(-1) == 1 else states.contiguous()
+@_lifetimes.register_fake
+def _(bias, document_ends, order, window, num_sinks, num_local):
+    return bias.new_empty(bias.shape, dtype=torch.int32)
 
 
-def _strides_by_head(states: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of (batch, seq, heads, head_dim)."""
-    return states.stride(0), states.stride(2), states.stride(1)
+@torch.library.custom_op("doge::triton_attention", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, expiry: Tensor | None, document_ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward pass the base-2 logarithms of the sums of weights (batch, heads, seq)."""
+    return run_forward(query, key, value, bias, expiry, document_ends, _blocks(query))
 
 
-def _common_options(query, key, expiry, blocks) -> dict[str, Any]:
-    """The arguments that all attention kernels share."""
-    heads, seq, head_dim = query.shape[1:]
-    return {
-        "heads": heads,
-        "kv_heads": key.shape[1],
-        "seq": seq,
-        "scale": head_dim**-0.5,
-        "HEAD_DIM": head_dim,
-        "QUERIES": blocks.queries,
-        "KEYS": blocks.keys,
-        "EXPIRES": expiry is not None,
-        "RAGGED": seq % max(blocks.queries, blocks.keys) != 0,
-        # Three products of TF32, 10 bits each, are nearly one of float32; other dtypes ignore the option.
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
-    }
+@_attend.register_fake
+def _(query, key, value, bias, expiry, document_ends):
+    batch, heads, seq, head_dim = query.shape
+    return query.new_empty(batch, seq, heads, head_dim), query.new_empty(batch, heads, seq, dtype=torch.float32)
 
 
-def _list_key_blocks(expiry, seq, blocks):
-    """The blocks of keys in its past that each block of queries visits; `(None, None)` without expiry.
+@torch.library.custom_op("doge::triton_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, output: Tensor, log_sum: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+    expiry: Tensor | None, document_ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return run_backward(grad, output, log_sum, query, key, value, bias, expiry, document_ends, _blocks(query))
 
-    Returns:
-        lists: (batch, kv_heads, query_blocks, key_blocks) int32, from the left the blocks that need no mask, from the
-            right those that do, undefined between.
-        counts: (batch, kv_heads, query_blocks, 2) int32, the number of each.
-    """
-    if expiry is None:
-        return None, None
-    batch, kv_heads, _ = expiry.shape
-    query_blocks, key_blocks = triton.cdiv(seq, blocks.queries), triton.cdiv(seq, blocks.keys)
-    lists = expiry.new_empty(batch, kv_heads, query_blocks, key_blocks, dtype=torch.int32)
-    counts = expiry.new_empty(batch, kv_heads, query_blocks, 2, dtype=torch.int32)
-    triton_kernels.fill_lists[query_blocks, batch * kv_heads](
-        *(expiry, lists, counts, seq, key_blocks),
-        QUERIES=blocks.queries,
-        KEYS=blocks.keys,
-        CHUNK=min(64, triton.next_power_of_2(key_blocks)),
-    )
-    return lists, counts
+
+@_backward.register_fake
+def _(grad, output, log_sum, query, key, value, bias, expiry, document_ends):
+    return tuple(empty_gradient(states) for states in (query, key, value, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs)
+
+
+def _differentiate(ctx, grad, _):
+    return (*_backward(grad, *ctx.saved_tensors), None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _attend_with_expiry(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, expiry: Tensor) -> Tensor:
+    return _attend(query, key, value, bias, expiry, None)[0]
