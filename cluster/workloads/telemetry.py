@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.accounts.ledger import StepRecord
-from cluster.elastic.events import Event
+from cluster.elastic.events import Event, Message
 from cluster.workloads.outbox import Outbox
 from cluster.workloads.phase import Phase, TrainingSettings
 from cluster.workloads.training_events import MemberStarted, MetricsMeasured, SamplesTaken, StepMade
 from data_pipelines.order.feed import Units
 from doge.common.hardware import device_name, energy_joules, peak_memory_bytes, peak_tflops
+from doge.model.compilation import graph_breaks, tell_graph_breaks
 from doge.model.experts import pop_expert_usage, track_expert_usage
 from doge.training.engine import Engine
 from doge.training.step_result import StepResult
@@ -77,6 +78,10 @@ class Telemetry:
         }
         if self._peak_tflops and result.flops:
             metrics["mfu"] = result.flops / (seconds * engine.world_size * self._peak_tflops * 1e12)
+        if engine.compiled:
+            metrics["graph_breaks"] = float(graph_breaks().total())
+            if (sentence := tell_graph_breaks()) is not None:
+                self._reporter.post(Message(f"Worker {engine.rank}: {sentence}"))
         made = StepMade(engine.step_count, metrics | result.metrics)
         if engine.rank > 0:
             return made

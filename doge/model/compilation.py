@@ -2,17 +2,26 @@
 
 import functools
 import logging
+from collections import Counter
 
 import torch
 
+from doge.common.words import count
 from doge.model.modeling import DogeForCausalLM
 
 _log = logging.getLogger(__name__)
 _events: list[object] = []  # of compilations, in this process
+_told: set[str] = set()  # the reasons of graph breaks that were told
+
+# Graphs of a layer, beyond which PyTorch computes it uncompiled; torch's own 8 are too few. A run has about ten: with
+# documents or without, with gradients or without, of one row or more, of a length that differs.
+RECOMPILE_LIMIT = 32
 
 
 def compile_layers(model: torch.nn.Module) -> bool:
-    """Compile the model's layers in place: one graph serves all of them, and the state dict does not change.
+    """Compile the model's layers in place: a graph serves all of them, and the state dict does not change.
+
+    `graph_breaks` counts what of them was not compiled.
 
     Returns:
         Whether the layers were compiled. If this machine cannot compile, or
@@ -22,13 +31,43 @@ def compile_layers(model: torch.nn.Module) -> bool:
         return False
     _watch()
     for layer in model.model.layers:
-        layer.compile()
+        layer.compile(recompile_limit=RECOMPILE_LIMIT)
     return True
 
 
 def compilation_progress() -> int:
     """Grows whenever code begins or ends to be compiled; may be asked from any thread."""
     return len(_events)
+
+
+def graph_breaks() -> Counter[str]:
+    """How often this process computed uncompiled what was to be compiled, by reason: one for each place in the code.
+
+    A graph ends at an operation that torch.compile cannot trace; PyTorch computes it, and another graph begins. Of a
+    function that has more variants than `RECOMPILE_LIMIT`, or cannot be resumed there, it computes all.
+    """
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    kinds = ["graph_break"]
+    if (
+        counters["frames"]["ok"] < counters["frames"]["total"]
+    ):  # else what was not traced at first was traced in the end
+        kinds.append("unimplemented")
+    for kind in kinds:
+        for message, number in counters[kind].items():
+            found[message.splitlines()[0]] += number
+    return found
+
+
+def tell_graph_breaks() -> str | None:
+    """A sentence on all graph breaks if there are any for reasons that were not told before in this process."""
+    found = graph_breaks()
+    if found.keys() <= _told:
+        return None
+    _told.update(found)
+    reasons = "; ".join(f"{reason} ({number})" for reason, number in found.items())
+    return f"torch.compile left {count(found.total(), 'part')} of the layers to PyTorch, which is slower: {reasons}."
 
 
 @functools.cache

@@ -10,6 +10,8 @@ combination with a shared expert, the Doge architecture of the SmallDoge team. R
 token's experts depend on another token.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -165,7 +167,8 @@ class DogeCDMoE(nn.Module):
         self.keys = nn.Parameter(torch.empty(self.num_expert_heads, sum(self.grid), half))
         self.down_embed = ExpertInput(self.num_experts, hidden_size)
         self.up_embed = ExpertOutput(self.num_experts, hidden_size)
-        self.expert_counts: torch.Tensor | None = None  # (num_experts,) int64 while usage is being tracked
+        self.expert_counts: torch.Tensor | None  # (num_experts,) int64 while usage is being tracked
+        self.register_buffer("expert_counts", None, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, seq, hidden_size) -> the same."""
@@ -176,13 +179,17 @@ class DogeCDMoE(nn.Module):
         weights = scores.softmax(dim=-1).to(tokens.dtype).flatten(1)
         experts = experts.flatten(1)
         if self.expert_counts is not None:
-            self.expert_counts += torch.bincount(experts.flatten(), minlength=self.num_experts)
+            chosen = experts.flatten()
+            self.expert_counts.index_add_(0, chosen, torch.ones_like(chosen))
         activations = self.act_fn(self.down_embed(tokens, experts)) * weights
         return shared + self.up_embed(activations, experts).view_as(shared).to(shared.dtype)
 
 
 def track_expert_usage(model: nn.Module) -> None:
-    """Start counting the tokens that each expert gets in later forwards (off by default: it costs a bincount)."""
+    """Start counting the tokens that each expert gets in later forwards, on the model's device; off by default.
+
+    Nothing waits for the device before `pop_expert_usage`, and a compiled layer stays one graph.
+    """
     for layer in _expert_layers(model):
         layer.expert_counts = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.down_embed.weight.device)
 
@@ -190,25 +197,30 @@ def track_expert_usage(model: nn.Module) -> None:
 def pop_expert_usage(model: nn.Module) -> list[dict[str, float]]:
     """Return the usage of experts since the last call, one entry per MoE layer, and reset the counts.
 
+    The counts of all layers are read from the device at once.
+
     Returns:
         For each layer `usage`, the share of experts that got a token; `load_entropy`, the entropy of the load over
         experts divided by its maximum, 1 for an even load; `max_load`, the load of the busiest expert in multiples of
         the mean. A layer that is not tracked, or saw no token, is left out.
     """
+    tracked = [layer.expert_counts for layer in _expert_layers(model) if layer.expert_counts is not None]
+    if not tracked:
+        return []
+    loads = torch.stack(tracked).cpu().double()
+    for counts in tracked:
+        counts.zero_()
     usage = []
-    for layer in _expert_layers(model):
-        if layer.expert_counts is None or not layer.expert_counts.any():
-            continue
-        load = layer.expert_counts.double() / layer.expert_counts.sum()
-        entropy = -torch.xlogy(load, load).sum() / torch.log(torch.tensor(float(layer.num_experts)))
+    for load in loads[loads.any(dim=1)]:
+        load = load / load.sum()
+        entropy = -torch.xlogy(load, load).sum() / math.log(len(load))
         usage.append(
             {
                 "usage": (load > 0).double().mean().item(),
                 "load_entropy": entropy.item(),
-                "max_load": load.max().item() * layer.num_experts,
+                "max_load": load.max().item() * len(load),
             }
         )
-        layer.expert_counts.zero_()
     return usage
 
 

@@ -152,6 +152,7 @@ def test_a_table_of_which_much_is_chosen_is_multiplied_whole_unless_few_tokens_c
 def test_a_compiled_layer_is_one_graph_and_equals_itself(monkeypatch, gathers):
     use_path(monkeypatch, gathers)
     layer, hidden = layer_and_tokens()
+    track_expert_usage(layer)
     results = []
     for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         layer.zero_grad()
@@ -161,6 +162,19 @@ def test_a_compiled_layer_is_one_graph_and_equals_itself(monkeypatch, gathers):
         results.append([output, inputs.grad, *(p.grad.clone() for p in layer.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+    assert layer.expert_counts.sum() == 2 * 80 * 6  # of both
+
+
+def test_counting_breaks_no_graph_and_waits_for_no_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer, hidden = layer_and_tokens()
+    track_expert_usage(layer)
+    torch.compile(layer, fullgraph=True, backend="eager")(hidden)
+    assert layer.expert_counts.sum() == 80 * 6
+    assert "expert_counts" not in layer.state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # its tensors have no values that could be read
+        layer(fake.from_tensor(hidden))
 
 
 @PATHS
