@@ -247,12 +247,13 @@ def _key_gradients_of_blocks(
             logarithm = tl.load(log_sum + i)
             products = tl.load(delta + i)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale + bias[:, None]
-        weights = tl.exp2(scores - logarithm[None, :])
+        # Masked before the exponential: a key that a query does not see may have a bias far above those that it sees.
         if CAUSAL:
             j = first_key + tl.arange(0, KEYS)
-            weights = tl.where(j[:, None] <= i[None, :], weights, 0.0)
+            scores = tl.where(j[:, None] <= i[None, :], scores, float("-inf"))
         if EXPIRES:
-            weights = tl.where(i[None, :] < expiry[:, None], weights, 0.0)
+            scores = tl.where(i[None, :] < expiry[:, None], scores, float("-inf"))
+        weights = tl.exp2(scores - logarithm[None, :])
         value_grad = tl.dot(weights.to(output_grad.dtype), output_grad, value_grad, input_precision=PRECISION)
         weight_grad = tl.dot(value, tl.trans(output_grad), input_precision=PRECISION)
         score_grad = weights * (weight_grad - products[None, :])
