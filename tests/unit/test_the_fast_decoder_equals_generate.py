@@ -39,6 +39,19 @@ def test_every_row_gets_the_tokens_it_would_get_alone(moe, compile, window):
     assert decoder.generate(given, NEW, eos_token_id=-1) == [generated(model, prompt) for prompt in given]
 
 
+@pytest.mark.parametrize("few", [1, 2, 3])
+def test_in_bfloat16_the_library_distinguishes_few_rows_from_many_alone(few):
+    """As the docstring says: fewer than four rows, or any number from four on."""
+    decoder, given = Decoder(tiny_model(dtype=torch.bfloat16)), prompts_of(*range(3, 15))
+
+    def in_batches_of(rows):
+        batches = [given[start : start + rows] for start in range(0, len(given), rows)]
+        return [row for batch in batches for row in decoder.generate(batch, NEW, eos_token_id=-1)]
+
+    assert in_batches_of(few) == in_batches_of(1)
+    assert in_batches_of(4 * few) == in_batches_of(12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "moe"), [(1, False), (3, True)])
 def test_the_step_that_torch_compiles_gives_the_same_tokens(moe, rows):
