@@ -6,13 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 from tiny_models import logits_of, tiny_model, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from doge.common.storage import Storage
+from doge.conversion.export import export_model
 from doge.conversion.load import load_model
 from doge.conversion.model_code import add_model_code, model_code
 from doge.model.modeling import DogeMoeForCausalLM
+from doge.training.state.train_state import TrainState
 
 ELSEWHERE = """
 import sys
@@ -53,6 +57,19 @@ def test_it_opens_where_the_project_is_not_installed(tmp_path):
     torch.testing.assert_close(logits, logits_of(model, input_ids), atol=1e-5, rtol=0)
     assert torch.equal(reopened, logits)
     assert torch.equal(generated, model.generate(input_ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "MoE"])
+def test_the_export_of_a_training_has_the_code_if_it_has_experts(tmp_path, moe):
+    model = tiny_model(moe)
+    words = tokenizers.models.WordLevel({"<begin>": 0, "<end>": 1, "<pad>": 2, "word": 3}, unk_token="word")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), bos_token="<begin>", eos_token="<end>", pad_token="<pad>"
+    )
+    state = TrainState(1, dict(model.named_parameters()), {})
+    export_model(state, model.config, tokenizer, Storage(str(tmp_path)), "model")
+    assert ("auto_map" in json.loads((tmp_path / "model" / "config.json").read_text())) == moe
+    assert {path.name for path in (tmp_path / "model").glob("*.py")} == (set(model_code()) if moe else set())
 
 
 def test_where_the_project_is_there_its_own_classes_open_it(tmp_path):
