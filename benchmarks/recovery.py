@@ -67,8 +67,7 @@ def recipe(storage: Path, name: str, save_steps: int) -> Recipe:
         "tokenizer": {"vocab_size": 2048, "training_bytes": 200_000},
         "data": {
             "sources": {"code": {"path": str(storage / "code.jsonl"), "weight": 1}},
-            "sequence_length": 128, "held_out_sequences": 10, "held_out_fraction": 0.05,
-            "documents_per_shard": 1000, "files_per_stripe": 1,
+            "sequence_length": 128, "held_out_sequences": 0, "documents_per_shard": 1000, "files_per_stripe": 1,
         },
         "optimizer": {"lr": 1e-3},
         "lr_scheduler": {"warmup_steps": 5, "decay_steps": 10},

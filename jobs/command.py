@@ -15,7 +15,7 @@ import tyro
 from cluster.runs.recipe import Recipe
 from doge.common.config_tree import parse, read_yaml
 from doge.common.errors import UserError
-from doge.common.places import plain_path
+from doge.common.paths import plain_path
 from doge.common.terminal import prepare_streams
 
 RECIPES = Path(__file__).parent / "recipes"

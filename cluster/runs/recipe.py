@@ -10,7 +10,7 @@ from cluster.machines.scaling import ScalingRecipe
 from data_pipelines.sources.source_recipe import DataRecipe
 from doge.common.config_tree import flatten, from_dict, to_dict
 from doge.common.errors import UserError
-from doge.common.places import is_relative, is_uri, plain_path
+from doge.common.paths import is_relative, is_uri, plain_path
 from doge.common.redaction import without_secrets
 from doge.model.configuration import ModelRecipe, num_parameters
 from doge.reporting.tracking import TrackingRecipe, database_path

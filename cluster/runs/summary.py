@@ -40,6 +40,7 @@ class Summary:
     """Results of a trained run. Losses are in nats per token of the held-out set; None if nothing is held out.
 
     Args:
+        held_out_bits_per_byte: the held-out loss for comparison with models of other tokenizers.
         missing: results that could not be made, or not yet; the same command makes them.
     """
 
@@ -47,6 +48,7 @@ class Summary:
     step: int
     tokens_seen: int
     held_out_loss: float | None
+    held_out_bits_per_byte: float | None
     unigram_loss: float | None
     bigram_loss: float | None
     baseline_tokens: int
@@ -63,7 +65,9 @@ class Summary:
         console.say("")
         rows = [("trained", f"{self.step:,} steps, {self.tokens_seen:,} tokens")]
         if self.held_out_loss is not None:
-            rows.append(("held-out loss", f"{self.held_out_loss:.4f} nats a token"))
+            bits = self.held_out_bits_per_byte
+            beside = "" if bits is None else f", {bits:.4f} bits a byte"
+            rows.append(("held-out loss", f"{self.held_out_loss:.4f} nats a token{beside}"))
         if self.bigram_loss is not None:
             rows += [
                 ("bigram model", f"{self.bigram_loss:.4f} (counted on {self.baseline_tokens:,} training tokens)"),
@@ -106,6 +110,7 @@ class Results:
         self._makers = {
             "model": self._export,
             "samples": self._sample,
+            "bits per byte": self._measure_bits,
             "baselines": self._measure_baselines,
             "loss curve": self._draw_losses,
             "timeline": self._account,
@@ -134,6 +139,7 @@ class Results:
             step=self._state.step,
             tokens_seen=self._position.tokens_seen,
             held_out_loss=dict(self._run.curve("held_out_loss")).get(self._state.step),
+            held_out_bits_per_byte=None,
             unigram_loss=None,
             bigram_loss=None,
             baseline_tokens=0,
@@ -158,6 +164,16 @@ class Results:
         samples = list(zip(_PROMPTS, generate_samples(model, tokenizer, _PROMPTS), strict=True))
         self._write("samples.txt", "\n\n".join(f"{prompt}{sample}" for prompt, sample in samples).encode())
         return {"samples": samples}
+
+    def _measure_bits(self) -> dict[str, Any]:
+        from doge.evaluation.bits_per_byte import bits_per_byte
+
+        loss = self.summary.held_out_loss
+        if loss is None:
+            return {}
+        bits = bits_per_byte(loss, *_held_out_text(self._recipe, self._plan, self._storage))
+        self._run.post(MetricsMeasured(self._state.step, {"held_out_bits_per_byte": bits}))
+        return {"held_out_bits_per_byte": bits}
 
     def _measure_baselines(self) -> dict[str, Any]:
         if self._recipe.data.held_out_sequences == 0:
@@ -213,6 +229,16 @@ def _baselines(recipe: Recipe, plan: "Plan", storage: Storage, sequences: int) -
     training = _chunks(PackedSequences(storage, plan.fingerprint), range(0, sequences, stride))
     feed = PackedSequences(storage, plan.fingerprint, held_out=True)
     return measure_baselines(recipe.model.build().vocab_size, training, _chunks(feed, range(0, held_out, _CHUNK)))
+
+
+def _held_out_text(recipe: Recipe, plan: "Plan", storage: Storage) -> tuple[int, int]:
+    """The tokens that the held-out loss covers, and the bytes that they stand for."""
+    from data_pipelines.order.packed_sequences import PackedSequences
+    from doge.evaluation.bits_per_byte import count_text, token_bytes
+
+    feed = PackedSequences(storage, plan.fingerprint, held_out=True)
+    chunks = _chunks(feed, range(0, recipe.data.held_out_sequences, _CHUNK))
+    return count_text((labels for _, labels in chunks), token_bytes(plan.open_tokenizer(storage)))
 
 
 def _chunks(feed: "PackedSequences", starts: range) -> "Iterator[tuple[np.ndarray, np.ndarray]]":

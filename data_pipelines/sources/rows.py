@@ -23,11 +23,11 @@ class Unreadable(UserError):
     """
 
     def __init__(self, fault: str, advice: str):
-        super().__init__(fault, advice)
-        self.fault = fault
+        super().__init__(f"{fault}: {advice}.")
+        self.fault, self._advice = fault, advice
 
-    def __str__(self) -> str:
-        return "{}: {}.".format(*self.args)
+    def __reduce__(self) -> tuple[type["Unreadable"], tuple[str, str]]:
+        return Unreadable, (self.fault, self._advice)
 
 
 class Part(NamedTuple):

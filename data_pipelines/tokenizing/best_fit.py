@@ -15,7 +15,7 @@ import numpy.typing as npt
 from data_pipelines.tokenizing.packing import Packed, Ragged, ragged
 
 
-class _Piece(NamedTuple):
+class _Cut(NamedTuple):
     """A document, or a part of one that is longer than a sequence: ``values[start:stop]``, after a BOS if ``bos``."""
 
     start: int
@@ -70,7 +70,7 @@ def pack_best_fit(
     return Packed(tokens, np.array(starts, np.int32), offsets, np.array(lengths, np.int32), trained)
 
 
-def _pieces(lengths: np.ndarray, sequence_length: int, bos: bool) -> Iterator[_Piece]:
+def _pieces(lengths: np.ndarray, sequence_length: int, bos: bool) -> Iterator[_Cut]:
     """Cut what is longer than a row. The last piece is no mere scrap: the one before leaves it an eighth of a row."""
     least = sequence_length // 8
     start = 0
@@ -79,14 +79,14 @@ def _pieces(lengths: np.ndarray, sequence_length: int, bos: bool) -> Iterator[_P
         while end - start > room:
             left = end - start - room
             stop = start + room - max(0, least - left)
-            yield _Piece(start, stop, prefix)
+            yield _Cut(start, stop, prefix)
             start, prefix, room = stop, int(bos), sequence_length - bos
         if end > start:
-            yield _Piece(start, end, prefix)
+            yield _Cut(start, end, prefix)
         start = end
 
 
-def _fit(pieces: list[_Piece], sequence_length: int) -> list[list[_Piece]]:
+def _fit(pieces: list[_Cut], sequence_length: int) -> list[list[_Cut]]:
     """The pieces of every row, in the order of the pieces; rows are in the order of their first pieces."""
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(sequence_length)]  # by the space that is left in them

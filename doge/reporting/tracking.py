@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import filelock
 
 from doge.common.errors import UserError
-from doge.common.places import is_uri, plain_path
+from doge.common.paths import is_uri, plain_path
 from doge.common.redaction import without_secrets
 from doge.common.storage import Storage
 

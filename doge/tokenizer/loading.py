@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge.common.errors import UserError
-from doge.common.places import plain_path
+from doge.common.paths import plain_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

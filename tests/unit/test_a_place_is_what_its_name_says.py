@@ -9,7 +9,7 @@ import pytest
 from cluster.runs.recipe import Recipe
 from doge.common.config_tree import from_dict
 from doge.common.errors import UserError
-from doge.common.places import is_relative, plain_path
+from doge.common.paths import is_relative, plain_path
 from doge.common.storage import Storage
 from doge.reporting.tracking import TrackingRecipe
 from doge.tokenizer.loading import load_tokenizer

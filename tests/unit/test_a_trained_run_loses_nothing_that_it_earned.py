@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from doge.common.config_tree import from_dict, to_yaml
 from doge.common.errors import UserError
 from doge.common.storage import Storage, StorageError
 
-RESULTS = ("model", "samples", "baselines", "loss curve", "timeline")
+RESULTS = ("model", "samples", "bits per byte", "baselines", "loss curve", "timeline")
 STEP = 20
 
 
@@ -51,6 +52,7 @@ def makers(monkeypatch):
     monkeypatch.setattr(doge.reporting.plots, "plot_lanes", maker("timeline"))
     monkeypatch.setattr(summary_module, "_open_model", lambda directory: directory.read_bytes("model/weights"))
     counted = SimpleNamespace(unigram=3.0, bigram=2.0, tokens=5)
+    monkeypatch.setattr(summary_module, "_held_out_text", maker("bits per byte", (10, 40)))
     monkeypatch.setattr(summary_module, "_baselines", maker("baselines", counted))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     return failing, made
@@ -103,6 +105,7 @@ def test_a_result_that_fails_takes_no_other_with_it(failing, makers, tmp_path):
     assert made == summary.missing
     assert again.missing == []
     assert (again.bigram_loss, again.held_out_loss, len(again.samples)) == (2.0, 2.0, 3)
+    assert again.held_out_bits_per_byte == pytest.approx(0.5 / math.log(2))
 
 
 def test_the_model_comes_first_and_is_kept_when_the_rest_is_interrupted(makers, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 
 from doge.common.errors import MachineError, UserError
-from doge.common.places import is_uri, plain_path
+from doge.common.paths import is_uri, plain_path
 from doge.common.storage.local_files import PARTIAL, commit, remove
 from doge.common.storage.remote_cache import RemoteCache
 from doge.common.storage.sentences import StorageError, in_sentences
