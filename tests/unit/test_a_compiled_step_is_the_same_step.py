@@ -21,6 +21,7 @@ MODEL = ModelRecipe(
 @pytest.fixture
 def group():
     process_group.leave()  # what a test before may have left of DeepSpeed's
+    torch._dynamo.reset()  # and its graphs, which would serve here too
     process_group.be_alone(torch.device("cpu"))
     yield
     process_group.leave()

@@ -14,7 +14,7 @@ from doge.common.storage import Storage, StorageError
 def sent(root: str) -> Storage:
     """A storage as a driver that has the packages sends it."""
     storage = object.__new__(Storage)
-    storage.__dict__.update(root=root, is_local=False, _arguments=(None, None, None, None))
+    storage.__dict__.update(root=root, _opened=root, is_local=False, _arguments=(None, None, None, None))
     return storage
 
 
