@@ -34,7 +34,18 @@ class KernelBlocks(NamedTuple):
     key: Blocks
 
 
-LARGE_SHARED_MEMORY = 200 * 1024  # bytes; data centre GPUs since H100 have more, others (99 KiB on most cards) less
+DATA_CENTRE = 160 << 10  # bytes of shared memory, which A100 and its successors have; other cards have 99 KiB
+HOPPER = 90  # from this architecture on, four warps multiply together and from shared memory, which saves registers
+
+# Of the widths in 16 bits. What stays in registers has as many tokens as they hold without spills, for as many are
+# computed with each token that is loaded: `python benchmarks/gpu_blocks.py --search`. Two sums of gradients of 64 keys
+# and 128 channels are the most before Hopper. Without a GPU nobody knows the times; where one is, it tells them too.
+HOPPER_128 = KernelBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 3))
+AMPERE_128 = KernelBlocks(Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), Blocks(32, 64, 8, 2))
+OTHERS_128 = KernelBlocks(Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 3))
+HOPPER_64 = KernelBlocks(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+OTHERS_64 = KernelBlocks(Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 3))
+ANY_256 = KernelBlocks(Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1))
 
 
 def choose_blocks(card: Card | None, dtype: torch.dtype, head_dim: int) -> KernelBlocks:
@@ -43,8 +54,11 @@ def choose_blocks(card: Card | None, dtype: torch.dtype, head_dim: int) -> Kerne
         small = Blocks(32, 32, 4, 1) if head_dim <= 128 else Blocks(16, 16, 4, 1)
         return KernelBlocks(small, small, small)
     if head_dim > 128:
-        return KernelBlocks(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
-    forward = Blocks(128, 64, 8 if head_dim == 128 else 4, 3)
-    if card.shared_memory >= LARGE_SHARED_MEMORY:
-        return KernelBlocks(forward, Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
-    return KernelBlocks(forward, Blocks(64, 64, forward.num_warps, 2), Blocks(64, 64, forward.num_warps, 2))
+        return ANY_256
+    data_centre = card.shared_memory >= DATA_CENTRE
+    hopper = data_centre and card.architecture >= HOPPER
+    if head_dim < 128:
+        return HOPPER_64 if hopper else OTHERS_64
+    if hopper:
+        return HOPPER_128
+    return AMPERE_128 if data_centre else OTHERS_128

@@ -286,20 +286,16 @@ def differentiate_key(
     biases = tl.load(bias + j.to(tl.int64) * bias_token, mask=j < seq, other=0.0) * LOG2_E
     exponent = scale * LOG2_E
 
-    # Query blocks: `diagonal` to `below` are masked by causality, `below` to `whole` see every key, and those from
-    # `whole` to `last` are masked by expiry.
+    # Query blocks: `diagonal` to `below` are masked by causality, and all to `last` by expiry.
     diagonal = first_key // QUERIES
     last = tl.cdiv(seq, QUERIES)
     below = tl.minimum(tl.cdiv(first_key + KEYS - 1, QUERIES), last)
-    whole = last
     expiries = j
     if EXPIRES:
         expiry = head_of(expiry, batch, kv_head, expiry_batch, expiry_head)
         expiries = tl.load(expiry + j, mask=j < seq, other=0).to(tl.int32)
         last = tl.minimum(tl.cdiv(tl.max(expiries, 0), QUERIES), last)
         below = tl.minimum(below, last)
-        whole = tl.min(tl.where(j < seq, expiries, seq), 0) // QUERIES
-        whole = tl.minimum(tl.maximum(whole, below), last)
 
     keys_grad = tl.zeros([KEYS, HEAD_DIM], tl.float32)
     values_grad = tl.zeros([KEYS, HEAD_DIM], tl.float32)
@@ -316,17 +312,10 @@ def differentiate_key(
         )  # fmt: skip
         keys_grad, values_grad, biases_grad = _key_gradients_of_blocks(
             keys_grad, values_grad, biases_grad, keys, values, biases, expiries, first_key, queries, outputs_grad,
-            log_sum + row * seq, delta + row * seq, below, whole,
+            log_sum + row * seq, delta + row * seq, below, last,
             query_token, output_token, seq, exponent,
-            QUERIES, KEYS, HEAD_DIM, False, False, RAGGED, PRECISION,
+            QUERIES, KEYS, HEAD_DIM, False, EXPIRES, RAGGED, PRECISION,
         )  # fmt: skip
-        if EXPIRES:
-            keys_grad, values_grad, biases_grad = _key_gradients_of_blocks(
-                keys_grad, values_grad, biases_grad, keys, values, biases, expiries, first_key, queries,
-                outputs_grad, log_sum + row * seq, delta + row * seq, whole, last,
-                query_token, output_token, seq, exponent,
-                QUERIES, KEYS, HEAD_DIM, False, True, RAGGED, PRECISION,
-            )  # fmt: skip
 
     key_grad = head_of(key_grad, batch, kv_head, key_grad_batch, key_grad_head)
     store_rows(key_grad, keys_grad * scale, first_key, key_grad_token, seq, KEYS, HEAD_DIM, RAGGED)
