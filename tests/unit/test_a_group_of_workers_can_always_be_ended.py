@@ -84,8 +84,8 @@ def test_a_rank_that_waits_for_one_that_says_nothing_is_woken_and_a_stranger_kee
                 time.sleep(0.01)
             return None
         waiting = threading.Timer(0.3, group.abort)
-        waiting.start()
         began = time.monotonic()
+        waiting.start()
         try:
             group.all_reduce(torch.ones(3))
         finally:
