@@ -50,9 +50,7 @@ def graph_breaks() -> Counter[str]:
 
     found: Counter[str] = Counter()
     kinds = ["graph_break"]
-    if (
-        counters["frames"]["ok"] < counters["frames"]["total"]
-    ):  # else what was not traced at first was traced in the end
+    if counters["frames"]["ok"] < counters["frames"]["total"]:  # else all of it was traced in the end
         kinds.append("unimplemented")
     for kind in kinds:
         for message, number in counters[kind].items():

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from whole_plans import make_everything
 
 from cluster.machines.head_storage import share
 from data_pipelines.order.catalog import Catalog
@@ -71,15 +72,6 @@ def complete(recipe, tmp_path_factory):
     plan = make_plan(recipe, TOKENIZER, storage)
     make_everything(plan, storage)
     return storage, plan, PackedSequences(storage, plan.fingerprint).read(0, SEQUENCES)
-
-
-def make_everything(plan, storage):
-    tokenizer = plan.open_tokenizer(storage)
-    for source, files in plan.files.items():
-        for file in range(len(files)):
-            part = 0
-            while not plan.make_shard(storage, source, file, part, tokenizer).last:
-                part += 1
 
 
 def fresh_copy(complete, tmp_path):

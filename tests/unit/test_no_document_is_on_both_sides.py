@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from whole_plans import make_everything
 
 from data_pipelines.order.packed_sequences import PackedSequences
 from data_pipelines.order.plan import make_plan
@@ -20,13 +21,8 @@ LONG = 80  # characters that two texts do not share by chance
 def prepared(recipe, folder):
     storage = Storage(str(folder))
     plan = make_plan(recipe, TokenizerRecipe(vocab_size=1000, training_bytes=100_000), storage)
-    tokenizer = plan.open_tokenizer(storage)
-    for source, files in plan.files.items():
-        for file in range(len(files)):
-            part = 0
-            while not plan.make_shard(storage, source, file, part, tokenizer).last:
-                part += 1
-    return storage, plan, tokenizer
+    make_everything(plan, storage)
+    return storage, plan, plan.open_tokenizer(storage)
 
 
 def texts(feed, count, tokenizer) -> list[str]:
