@@ -1,6 +1,5 @@
-"""One Ray cluster for all tests, in a directory and on ports of its own; and whose garbage is whose."""
+"""One Ray cluster for all tests, in a directory and on ports of its own."""
 
-import gc
 import os
 import secrets
 import socket
@@ -27,17 +26,6 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def garbage():
-    """A file's tests answer for their own garbage: what is left open there is said there, not in another file's test.
-
-    What was there before, the modules above all, is never looked at again: DeepSpeed and the tests collect often.
-    """
-    gc.freeze()
-    yield
-    gc.collect()
 
 
 @dataclass(frozen=True)
