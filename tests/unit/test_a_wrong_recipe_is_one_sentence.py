@@ -222,8 +222,9 @@ def test_help_shows_examples(monkeypatch, capsys):
     assert "ray job submit --working-dir . -- python jobs/pretrain.py" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_dry_run_starts_nothing(tmp_path):
-    planned = pretrain_process("--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d"))
-    assert "15.8M parameters" in planned.stdout
+def test_dry_run_starts_nothing(tmp_path, monkeypatch, capsys):
+    arguments = ["--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    main(pretrain.Pretrain, pretrain.run, pretrain.__doc__)
+    assert "15.8M parameters" in capsys.readouterr().out
     assert not (tmp_path / "d").exists()

@@ -68,7 +68,7 @@ def do_all_of_a_run(model):
 
 @pytest.mark.slow
 def test_all_that_a_run_does_is_few_graphs(graphs):
-    model = tiny_model(num_hidden_layers=3)
+    model = tiny_model(num_hidden_layers=2)
     assert compilation.compile_layers(model)
     do_all_of_a_run(model)
     assert 0 < len(graphs) <= 12  # of all layers: one row or more, packed or not, with gradients or not, two lengths
