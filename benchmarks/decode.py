@@ -1,14 +1,14 @@
-"""How fast Doge generates, against transformers' own `generate` and the bandwidth of this machine's memory.
+"""How fast Doge generates, against llama.cpp, transformers' own `generate` and the bandwidth of this machine's memory.
 
     python benchmarks/decode.py                  # one row: 128 tokens after 64
-    python benchmarks/decode.py --what batch     # 32 rows of unequal prompts
+    python benchmarks/decode.py --what batch     # 32 rows of unequal prompts, beside transformers
     python benchmarks/decode.py --what long      # on to 64k tokens with a window of 2048
     python benchmarks/decode.py --what int8 --model ~/doge/runs/tiny/model   # what int8 costs a trained model
 
-Greedy, no end token. Both sides take turns on the same prompts and the medians are compared: on a shared machine trust
-the ratios rather than the speeds. The least that a token costs is to read every weight once; `bandwidth_share` is how
-near the decoder comes to it, the bandwidth being what a sum over 1 GB reads per second in the same run. In fp32 both
-must give the same tokens. Random weights of a trained model's spread; the last line is one JSON object.
+Greedy, no end token, as many threads for every side. The sides take turns on the same prompts and the medians are
+compared: on a shared machine trust the ratios rather than the speeds. One row is timed as `one_row.py` says;
+`--without-llama-cpp` leaves llama.cpp out of it. In fp32 transformers must give the same tokens as Doge. Random weights
+of a trained model's spread; the last line is one JSON object.
 """
 
 import argparse
@@ -22,32 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-COLUMNS = {"ours": 10, "transformers": 14, "ratio": 8, "equal tokens": 14, "of bandwidth": 14, "int8": 12}
+import one_row
+from decode_models import DTYPES, build
+
+COLUMNS = {"ours": 10, "transformers": 14, "ratio": 8, "equal tokens": 14, "int8": 12}
 HEADER = f"{'tokens/s':22}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 BEHIND = 1e-2  # how much lower a chosen token's logit may be than the full forward's best: rounding decides in between
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build(preset: str, dtype: torch.dtype):
-    """The same weights as our model and as transformers' (`attn_implementation="sdpa"`)."""
-    from transformers import DogeForCausalLM
-
-    from doge.model.configuration import ModelRecipe
-    from doge.model.modeling import build_model
-
-    torch.manual_seed(0)
-    ours = build_model(ModelRecipe(preset).build())
-    with torch.no_grad():  # a new model would repeat one token for ever, and all keys would have one bias
-        for name, parameter in ours.named_parameters():
-            if name.endswith(".A") or "dt_proj" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif parameter.ndim == 2:
-                parameter.mul_(3)
-    config = ModelRecipe(preset).build()
-    config._attn_implementation = "sdpa"
-    theirs = DogeForCausalLM(config)
-    theirs.load_state_dict(ours.state_dict())
-    return ours.to(dtype).eval(), theirs.to(dtype).eval()
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:
@@ -63,17 +43,6 @@ def generate_stock(model, prompts: list[list[int]], new_tokens: int) -> list[lis
         ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=2
     )
     return found[:, longest:].tolist()
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a sum over 1 GB."""
-    data = torch.ones(2**28)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - began)
-    return data.numel() * 4 / min(seconds)
 
 
 def timed(act) -> tuple[float, list[list[int]]]:
@@ -111,39 +80,11 @@ def compare(preset: str, precision: str, lengths: list[int], new_tokens: int, ro
     if precision == "fp32" and equal < len(lengths) * new_tokens:
         raise SystemExit(f"Only {equal} of {len(lengths) * new_tokens} tokens of {preset} are transformers' in fp32.")
     speeds = {side: len(lengths) * new_tokens / statistics.median(each) for side, each in seconds.items()}
-    bytes_ = sum(parameter.numel() * parameter.element_size() for parameter in ours.parameters())
-    return {
-        **speeds, "ratio": speeds["ours"] / speeds["transformers"], "bytes": bytes_,
-        "equal": equal / len(lengths) / new_tokens,
-    }  # fmt: skip
-
-
-def show(label: str, row: dict[str, float], bandwidth: float | None = None) -> None:
-    share = f"{row['ours'] * row['bytes'] / bandwidth:.0%}" if bandwidth else ""
-    print(
-        f"{label:22}{row['ours']:10,.1f}{row['transformers']:14,.1f}{row['ratio']:8.2f}{row['equal']:14.1%}{share:>14}"
-        f"{row['int8']:12,.1f}",
-        flush=True,
-    )
+    return {**speeds, "ratio": speeds["ours"] / speeds["transformers"], "equal": equal / len(lengths) / new_tokens}
 
 
 def measure_single(args: argparse.Namespace) -> dict[str, float]:
-    result, bandwidths = {}, [read_bandwidth()]
-    print(HEADER)
-    for preset in args.presets:
-        for precision in DTYPES:
-            row = compare(preset, precision, [64], 128, args.rounds)
-            bandwidths += [read_bandwidth()]
-            show(f"{preset} {precision}", row, bandwidths[-1])
-            size = preset.rpartition("-")[2].lower()
-            result[f"ratio_{size}_{precision}"] = round(row["ratio"], 2)
-            if (size, precision) == ("160m", "fp32"):
-                read = row["ours"] * row["bytes"]
-    bandwidth = statistics.median(bandwidths)
-    if "ratio_160m_fp32" in result:
-        result["bandwidth_share"] = round(read / bandwidth, 3)
-    print(f"This machine reads {bandwidth / 1e9:.1f} GB/s (median), {torch.get_num_threads()} threads.")
-    return result
+    return one_row.measure(args.presets, args.rounds, not args.without_llama_cpp)
 
 
 def measure_int8(args: argparse.Namespace) -> dict[str, float]:
@@ -182,7 +123,10 @@ def measure_batch(args: argparse.Namespace) -> dict[str, float]:
     lengths = [16 + 7 * number % 113 for number in range(32)]
     print(HEADER)
     row = compare("Doge-20M", args.precision, lengths, 64, args.rounds)
-    show(f"32 rows, {args.precision}", row)
+    print(
+        f"{f'32 rows, {args.precision}':22}{row['ours']:10,.1f}{row['transformers']:14,.1f}{row['ratio']:8.2f}"
+        f"{row['equal']:14.1%}{row['int8']:12,.1f}"
+    )
     return {"ratio_batch": round(row["ratio"], 2)}
 
 
@@ -223,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=["single", "batch", "long", "int8"], default="single")
     parser.add_argument("--model", help="folder of a trained model, of int8")
+    parser.add_argument("--without-llama-cpp", action="store_true", help="leave llama.cpp out of single")
     parser.add_argument("--presets", nargs="+", default=["Doge-20M", "Doge-160M"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of each side (default: %(default)s)")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of batch and long (default: %(default)s)")
