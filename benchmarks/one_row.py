@@ -129,7 +129,9 @@ def compare(sides: dict[str, Side], prompt: list[int], rounds: int) -> tuple[dic
 
 
 def measure(presets: list[str], rounds: int, llama: bool) -> dict[str, float]:
-    """Prints a line for every model and precision; returns the ratios, the MBU and the bandwidth in GB/s.
+    """Print a line for every model and precision, with MBU by the best bandwidth so far.
+
+    Returns the ratios, the MBU by the best bandwidth of all, and that in GB/s.
 
     Raises:
         SystemExit: llama.cpp is wanted but not installed, or transformers gives other tokens in fp32.
@@ -138,6 +140,7 @@ def measure(presets: list[str], rounds: int, llama: bool) -> dict[str, float]:
         require()
     prompt = torch.randint(3, 32768, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     bandwidth, rows, result = read_bandwidth(), {}, {}
+    print(f"{'tokens/s (MBU)':16}" + "".join(f"{name:>20}" for name in SIDES), flush=True)
     for preset in presets:
         for precision, alternative in ALTERNATIVES.items():
             ours, theirs = build(preset, DTYPES.get(precision, torch.float32))
@@ -148,15 +151,14 @@ def measure(presets: list[str], rounds: int, llama: bool) -> dict[str, float]:
                 raise SystemExit(f"The tokens of {preset} are not transformers' in fp32.")
             bandwidth = max(bandwidth, read_bandwidth())
             size = preset.rpartition("-")[2].lower()
-            rows[size, precision] = {name: speeds[name] * side.bytes_read for name, side in sides.items()}, speeds
+            read = rows[size, precision] = {name: speeds[name] * side.bytes_read for name, side in sides.items()}
+            found = (f"{speeds[name]:,.1f} ({read[name] / bandwidth:.2f})" if name in read else "" for name in SIDES)
+            print(f"{f'{size} {precision}':16}" + "".join(f"{text:>20}" for text in found), flush=True)
             for name, key in (("llama.cpp", f"llamacpp_{alternative}"), ("transformers", f"transformers_{precision}")):
                 if name in speeds:
                     result[f"ratio_{key}_{size}"] = round(speeds["ours"] / speeds[name], 2)
     print(f"This machine reads {bandwidth / 1e9:.1f} GB/s with {torch.get_num_threads()} threads.")
-    print(f"{'tokens/s (MBU)':16}" + "".join(f"{name:>20}" for name in SIDES))
-    for (size, precision), (read, speeds) in rows.items():
-        found = (f"{speeds[name]:,.1f} ({read[name] / bandwidth:.2f})" if name in speeds else "" for name in SIDES)
-        print(f"{f'{size} {precision}':16}" + "".join(f"{text:>20}" for text in found))
+    for (size, precision), read in rows.items():
         result[f"mbu_{size}_{precision}"] = round(read["ours"] / bandwidth, 3)
         if "llama.cpp" in read:
             result[f"mbu_llamacpp_{ALTERNATIVES[precision]}_{size}"] = round(read["llama.cpp"] / bandwidth, 3)
