@@ -117,7 +117,8 @@ def open_llama(config, precision: str, context: int) -> Iterator[tuple[Callable[
         library.llama_memory_clear(library.llama_get_memory(session), True)
         tokens = prompt
         for _ in range(new_tokens):
-            batch = library.llama_batch_get_one((library.llama_token * len(tokens))(*tokens), len(tokens))
+            held = (library.llama_token * len(tokens))(*tokens)  # the batch only points there
+            batch = library.llama_batch_get_one(held, len(tokens))
             if failure := library.llama_decode(session, batch):
                 raise RuntimeError(f"llama_decode returned {failure}.")
             logits = np.ctypeslib.as_array(library.llama_get_logits_ith(session, -1), (config.vocab_size,))
