@@ -179,6 +179,7 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
     [
         (b"name: \xff\xfe", "is not UTF-8 text"),
         (b"name: [", "is not valid YAML"),
+        (b"name: a\x00b", "is not valid YAML"),
         (b"name: 2026-99-99", "is not valid YAML"),
         (b"- 1", "must hold keys and values"),
         (b"base: 3", "base = 3 must be the name of a YAML file"),
