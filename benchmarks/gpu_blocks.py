@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,13 +150,13 @@ def rows_of(args: argparse.Namespace, architecture: int) -> Iterator[dict[str, A
             yield from (row(found[kernel], kind, card, device) for kernel in args.kernels if kernel in found)
             continue
         for kernel in (each for each in args.kernels if each in TUNED):
-            rows = []
+            tried = []
             for blocks in candidates(kernel, args.head_dim):
                 with contextlib.suppress(triton.runtime.errors.OutOfResources):  # of a GPU that is here
                     launch = launches(inputs, chosen._replace(**{TUNED[kernel]: blocks}))[kernel]
-                    rows.append(row(launch, kind, card, device))
-            rows = [each for each in rows if each["shared_memory"] <= card.shared_memory]
-            yield from sorted(rows, key=quality)[: args.top]
+                    tried.append(row(launch, kind, card, device))
+            tried = [each for each in tried if each["shared_memory"] <= card.shared_memory]
+            yield from sorted(tried, key=quality)[: args.top]
 
 
 def row(launch: Launch, kind: str, card: Card, device: str) -> dict[str, Any]:
@@ -188,7 +188,8 @@ def quality(found: dict[str, Any]) -> tuple[float, ...]:
     return found.get("milliseconds", 0.0), found["spilled_bytes"], -reuse, -found["occupancy"]
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, by default this process's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int, nargs="+", default=[80, 89, 90], choices=LIMITS, metavar="N",
                         help=f"architectures, of {', '.join(map(str, LIMITS))} (default: 80 89 90)")  # fmt: skip
@@ -204,26 +205,39 @@ def main() -> None:
     parser.add_argument("--document-length", type=int, default=500, help="tokens (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=4, help="key and value heads (default: %(default)s)")
-    args = parser.parse_args()
-    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    return parser.parse_args(arguments)
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of all cards, one by one."""
+    knobs = triton.knobs
+    with contextlib.ExitStack() as stack:
+        for each in (knobs.nvidia, knobs.compilation, knobs.cache):
+            stack.enter_context(each.scope())
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        # of a kernel that was compiled before, nobody tells the registers
+        knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+        for architecture in args.cards:
+            yield from rows_of(args, architecture)
+
+
+def main() -> None:
+    args = parse()
     print(
         f"{'card':6} {'kernel':20} {'ends by':10} {'queries x keys':>14} {'warps':>6} {'stages':>7} "
         f"{'shared, KiB':>12} {'registers':>10} {'spilled, B':>11} {'occupancy':>10} {'ms':>9}"
     )
     table = []
-    with tempfile.TemporaryDirectory() as cache:
-        triton.knobs.cache.dir = cache  # of a kernel that was compiled before, nobody tells the registers
-        for architecture in args.cards:
-            for found in rows_of(args, architecture):
-                table.append(found)
-                queries, keys = (number or "-" for number in found["blocks"])
-                print(
-                    f"{found['card']:6} {found['kernel']:20} {found['ends']:10} {f'{queries} x {keys}':>14} "
-                    f"{found['num_warps']:>6} {found['num_stages']:>7} {found['shared_memory'] / 1024:>12.1f} "
-                    f"{found['registers']:>10} {found['spilled_bytes']:>11} {found['occupancy']:>10.0%} "
-                    f"{found.get('milliseconds', '-'):>9}",
-                    flush=True,
-                )
+    for found in rows(args):
+        table.append(found)
+        queries, keys = (number or "-" for number in found["blocks"])
+        print(
+            f"{found['card']:6} {found['kernel']:20} {found['ends']:10} {f'{queries} x {keys}':>14} "
+            f"{found['num_warps']:>6} {found['num_stages']:>7} {found['shared_memory'] / 1024:>12.1f} "
+            f"{found['registers']:>10} {found['spilled_bytes']:>11} {found['occupancy']:>10.0%} "
+            f"{found.get('milliseconds', '-'):>9}",
+            flush=True,
+        )
     print(json.dumps({"rows": table}))
 
 

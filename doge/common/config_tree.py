@@ -62,15 +62,13 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
     Raises UserError if it is not valid, holds something else, or has a key twice.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)  # refuses control characters
         node = loader.get_single_node()
         _refuse_doubled_keys(node, (), where, set())
         values: Any = loader.construct_document(node) if node is not None else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
-    finally:
-        loader.dispose()
     if not isinstance(values or {}, dict):
         raise UserError(f"{where} must hold keys and values, not {values!r}.")
     return values or {}

@@ -1,8 +1,10 @@
 """torch.compile for a model's layers, where this machine can compile."""
 
 import functools
+import hashlib
 import logging
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,7 @@ def compile_layers(model: torch.nn.Module) -> bool:
     if not isinstance(model, DogeForCausalLM) or not can_compile(model.device.type):
         return False
     _watch()
+    torch.compiler.config.cache_key_tag = source_tag(Path(__file__).parent)
     for layer in model.model.layers:
         layer.compile(recompile_limit=RECOMPILE_LIMIT)
     return True
@@ -66,6 +69,17 @@ def tell_graph_breaks() -> str | None:
     _told.update(found)
     reasons = "; ".join(f"{reason} ({number})" for reason, number in found.items())
     return f"torch.compile left {count(found.total(), 'part')} of the layers to PyTorch, which is slower: {reasons}."
+
+
+@functools.cache
+def source_tag(folder: Path) -> str:
+    """A hash of all Python sources below ``folder``.
+
+    PyTorch keeps compiled graphs on disk. Their key has the names of our operators in it, but not what these return: a
+    graph that is kept from an earlier version of this package would fail.
+    """
+    sources = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(b"".join(hashlib.sha256(source).digest() for source in sources)).hexdigest()[:16]
 
 
 @functools.cache

@@ -114,8 +114,7 @@ def _by_chunks(
         logits = hidden @ weight.T
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         # The log-sum-exp comes from the likeliest token: its probability is at least 1 / vocab_size, its log exact.
-        highest, likeliest = logits.max(dim=-1, keepdim=True)
-        normalizer = highest.float() - probabilities.gather(1, likeliest).log()
+        normalizer = logits.amax(-1, keepdim=True).float() - probabilities.amax(-1, keepdim=True).log()
         loss += (normalizer - logits.gather(1, target).float()).sum()
         if z_loss:
             loss += z_loss * normalizer.square().sum()

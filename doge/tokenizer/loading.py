@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     path = plain_path(path)
+    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith(("/", "./", "../"))):
+        raise UserError(
+            f"The tokenizer {path!r} is no directory: point --tokenizer.path at one that holds tokenizer.json, or "
+            "leave it out to train a tokenizer."
+        )
     try:
         opener: Any = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
         tokenizer: PreTrainedTokenizerFast = opener.from_pretrained(path)

@@ -94,7 +94,10 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     with _hidden("mlflow"):  # its autotuner, which is not used here, would import it for a second
         import deepspeed
         import deepspeed.ops
+        from deepspeed.runtime import compiler
 
+    # For its own Muon alone, which is not used here: an engine would import torch's compiler for two seconds.
+    compiler.compile = lambda: compiler.dummy_decorator
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)  # it prints its whole configuration at INFO
     log.addFilter(_is_news)

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 import zipfile
 from pathlib import Path
 
@@ -86,11 +87,12 @@ def test_what_is_left_out_is_said_in_one_sentence(tmp_path, caplog):
     for name in ("README.md", "b.csv", "c.csv", "d.csv", ".hidden.jsonl"):
         put(tmp_path / name)
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     with caplog.at_level(logging.WARNING):
         assert listed(tmp_path) == [str(tmp_path / "a.jsonl")]
     assert [record.getMessage() for record in caplog.records] == [
         f"The source a ({tmp_path}) leaves out 4 with another ending (README.md, b.csv, c.csv, …), 1 hidden "
-        "(.hidden.jsonl) and 1 linked to nowhere (gone.jsonl)."
+        "(.hidden.jsonl), 1 linked to nowhere (gone.jsonl) and 1 neither file nor directory (pipe.jsonl)."
     ]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"no file at .*only 4 with another ending .*--data\.sources\.a\.path"):

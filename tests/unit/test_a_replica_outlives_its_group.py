@@ -1,6 +1,5 @@
 """Ranks that hold the whole state, as threads of one process: a group that breaks costs them no step."""
 
-import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from doge.common.network import free_address
 from doge.model.configuration import ModelRecipe
 from doge.training import process_group
 from doge.training.communicator import CommunicationError, Communicator
-from doge.training.deepspeed_internals import import_deepspeed
 from doge.training.engine import Engine
 from doge.training.engine_recipe import EngineRecipe
 from doge.training.next_token import NextTokenPrediction
@@ -52,9 +50,7 @@ def batch(step: int, broken: bool = False) -> TensorBatch:
 def engine(request):
     """Makes engines, each with the whole state."""
     torch.set_num_threads(1)
-    import_deepspeed(CPU)
     process_group.be_alone(CPU)
-    gc.freeze()  # DeepSpeed collects garbage several times an engine, which need not be looked for in the modules
     made = []
 
     def make() -> Engine:

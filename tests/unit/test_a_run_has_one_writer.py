@@ -14,7 +14,8 @@ from doge.common.lease import FILE, Claim, Lease, LeaseLost
 from doge.common.machine import process_start
 from doge.common.storage import Storage
 
-INTERVAL = 1.0
+INTERVAL = 0.5
+OTHERS_INTERVAL = 1.0  # above what SETTLE_SECONDS and a renewal take together, within the patience
 
 HOLD = f"""
 import sys, time
@@ -24,7 +25,7 @@ from doge.common.storage import Storage
 
 root = sys.argv[1]
 on_lost = lambda message: print("lost", message, flush=True)
-lease = Lease(Storage(root), "the training of other", on_lost, interval={INTERVAL})
+lease = Lease(Storage(root), "the training of other", on_lost, interval={OTHERS_INTERVAL})
 print("ready", flush=True)
 start = float(sys.stdin.readline())
 time.sleep(max(0.0, start - time.time()))
@@ -54,6 +55,12 @@ def start(processes: list[subprocess.Popen], seconds: float = 0.0) -> None:
     at = time.time() + seconds
     for process in processes:
         print(at, file=process.stdin, flush=True)
+
+
+@pytest.fixture(autouse=True)
+def settled_soon(monkeypatch):
+    """Nobody starts at the same moment as this process."""
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
     [
         (b"name: \xff\xfe", "is not UTF-8 text"),
         (b"name: [", "is not valid YAML"),
+        (b"name: a\x00b", "is not valid YAML"),
         (b"name: 2026-99-99", "is not valid YAML"),
         (b"- 1", "must hold keys and values"),
         (b"base: 3", "base = 3 must be the name of a YAML file"),
@@ -255,8 +256,9 @@ def test_help_shows_examples(monkeypatch, capsys):
     assert "ray job submit --working-dir . -- python jobs/pretrain.py" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_dry_run_starts_nothing(tmp_path):
-    planned = pretrain_process("--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d"))
-    assert "15.8M parameters" in planned.stdout
+def test_dry_run_starts_nothing(tmp_path, monkeypatch, capsys):
+    arguments = ["--dry-run", "--recipe", "Doge-MoE-20M", "--storage", str(tmp_path / "d")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    main(pretrain.Pretrain, pretrain.run, pretrain.__doc__)
+    assert "15.8M parameters" in capsys.readouterr().out
     assert not (tmp_path / "d").exists()

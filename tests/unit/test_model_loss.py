@@ -1,8 +1,6 @@
 """The chunked loss is the cross-entropy, to the last gradient, without the logits ever being whole."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -27,15 +25,9 @@ def random_case(dtype=torch.float32, scale=1.0):
     return hidden, weight, targets
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run where Triton's kernels are")
 def test_the_loss_of_a_gpu_is_the_same(monkeypatch):
-    """Under Triton's interpreter, in a process of its own: the switch holds for all of a process."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "of_a_gpu"]
-        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
-        return
+    """Under Triton's interpreter: `test_the_triton_kernel_equals_the_reference.py` runs it."""
     monkeypatch.setattr(loss_module, "_suits_liger", lambda hidden_states: True)
     monkeypatch.setattr(loss_module, "_by_chunks", None)  # not called
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):

@@ -1,5 +1,6 @@
 """All that a run does with a layer is few graphs; what PyTorch computes uncompiled all the same is counted and said."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,7 +68,7 @@ def do_all_of_a_run(model):
 
 @pytest.mark.slow
 def test_all_that_a_run_does_is_few_graphs(graphs):
-    model = tiny_model(num_hidden_layers=3)
+    model = tiny_model(num_hidden_layers=2)
     assert compilation.compile_layers(model)
     do_all_of_a_run(model)
     assert 0 < len(graphs) <= 12  # of all layers: one row or more, packed or not, with gradients or not, two lengths
@@ -160,3 +161,16 @@ def test_with_the_kernels_of_a_gpu_a_layer_is_one_graph(graphs, monkeypatch, win
     (graph,) = graphs
     targets = [str(node.target).split(".") for node in graph.graph.nodes]
     assert [name for library, name, *_ in (each for each in targets if each[0] == "doge")] == operations
+
+
+def test_graphs_on_disk_are_of_this_code_alone(tmp_path):
+    """PyTorch's own key names our operators, but does not see that another version of one returns something else."""
+    tags = []
+    for number, source in enumerate(("one = 1", "one = 2")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "module.py").write_text(source)
+        tags.append(compilation.source_tag(folder))
+    assert tags[0] != tags[1]
+    compilation.compile_layers(tiny_model())
+    assert torch.compiler.config.cache_key_tag == compilation.source_tag(Path(compilation.__file__).parent)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from new_processes import run_in_new_processes
 
 from doge.common.errors import UserError
 from doge.model.configuration import ModelRecipe
@@ -114,7 +114,7 @@ def run(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    multiprocessing.spawn(run, (str(folder),), nprocs=2)
+    run_in_new_processes(run, (str(folder),), 2)
     return torch.load(folder / "results")
 
 
@@ -151,7 +151,6 @@ def alone(tmp_path_factory):
     import_deepspeed(torch.device("cpu"))
     gc.freeze()
     yield build
-    gc.unfreeze()
     torch.distributed.destroy_process_group()
 
 
