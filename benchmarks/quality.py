@@ -211,7 +211,8 @@ def main() -> None:
         kept["losses"].setdefault(key(name, width), {})[str(seed)] = curve
         args.results.write_text(json.dumps(kept) + "\n")
     if not args.train and (args.time or not done()["step_seconds"]):
-        args.results.write_text(json.dumps(done() | {"step_seconds": bench.step_seconds(args.rounds)}) + "\n")
+        seconds = bench.step_seconds(args.rounds)
+        args.results.write_text(json.dumps(done() | {"step_seconds": seconds}) + "\n")
     if args.train or args.time:
         return
     kept, recipe = done(), bench.recipe(PUBLISHED, 128)
