@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cluster.accounts.ledger import LedgerRecipe
 from cluster.machines.scaling import ScalingRecipe
+from data_pipelines.order.mixture import mixture_units
 from data_pipelines.sources.source_recipe import DataRecipe
 from doge.common.config_tree import flatten, from_dict, to_dict
 from doge.common.errors import UserError
@@ -111,6 +112,7 @@ class Recipe:
                 f"tokenizer.vocab_size ({self.tokenizer.vocab_size}) does not fit the model's vocab_size "
                 f"({config.vocab_size}): lower it, or set --model.vocab-size."
             )
+        mixture_units({name: source.weight for name, source in self.data.sources.items()})
         self.engine.check()
         for key, does in (("on_nonfinite", self.training.on_nonfinite), ("on_spike", self.training.on_spike)):
             if does == "skip" and self.engine.states == "partitioned":

@@ -32,8 +32,10 @@ def open_place(place: str) -> tuple["AbstractFileSystem", str]:
     """Open the filesystem of a path or URI and return it with the path in it."""
     import fsspec
 
-    if place.startswith(("/", "~", "./", "../", "file://")) or os.path.lexists(place):
-        local = fsspec.filesystem("file")  # even where the path has "::" in it, which links the URIs of a chain
+    local = fsspec.filesystem("file")
+    if os.path.lexists(place):  # even with a "::" in it, which links the URIs of a chain
+        return local, os.path.abspath(place)
+    if place.startswith(("/", "~", "./", "../", "file://")):
         return local, local._strip_protocol(place)
     return fsspec.core.url_to_fs(place)
 
@@ -84,6 +86,8 @@ def _remote(filesystem: "AbstractFileSystem", base: str, pattern: str) -> Found:
         found = filesystem.glob("/".join([glob.escape(base), pattern]) if base else pattern, detail=True)
     else:
         found = filesystem.find(base, detail=True)
+        if not found:
+            filesystem.info(base)  # which says what is wrong where `find` is silent: a web server that does not answer
     files = {path: info for path, info in sorted(found.items()) if info["type"] == "file"}
     hidden = []
     if not _asks_for_hidden(pattern):

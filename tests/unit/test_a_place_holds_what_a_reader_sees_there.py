@@ -114,3 +114,21 @@ def test_every_file_system_is_listed_alike(tmp_path):
     for place in ("zip://in/*.jsonl", "zip://", "zip"):
         uri = f"{place}::file://{tmp_path}/a.zip"
         assert [Path(path.split("::")[0]).name for path in listed(uri)] == ["a.jsonl"]
+
+
+def test_a_source_is_a_place_as_a_storage_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path / "my text" / "a.jsonl")
+    for place in (f"file://{tmp_path}/my%20text", "~/my text/*.jsonl", f"file:{tmp_path}/my%20text/a.jsonl"):
+        assert listed(place) == [f"{tmp_path}/my text/a.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "~me" / "a.jsonl")  # what exists is taken as it is written
+    assert listed("~me") == [f"{tmp_path}/~me/a.jsonl"]
+    for place, sentence in (("~no-such-user/a", "home directory that does not exist"), ("s3:/a/b", "one slash after")):
+        with pytest.raises(UserError, match=sentence):
+            listed(place)
+
+
+def test_a_web_server_that_does_not_answer_is_not_taken_for_an_empty_one():
+    with pytest.raises(UserError, match=r"The source a \(http://127\.0\.0\.1:9/x/\) cannot be reached"):
+        listed("http://127.0.0.1:9/x/")

@@ -83,6 +83,13 @@ def test_a_fast_recipe_changes_nothing_but_how_it_learns(name):
         ({"training": {"max_steps": 0}}, "training.max_steps must be at least 1, not 0"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
         ({"training": [1]}, "training must hold keys and values"),
+        ({"training": {"max_steps": True}}, "training.max_steps must be a number, not true"),
+        ({"optimizer": {"embedding_lr": False}}, "optimizer.embedding_lr must be a number, not false"),
+        (
+            {"data": {"sources": {"a": {"path": "x", "weight": True}}}},
+            "data.sources.a.weight must be a number, not true",
+        ),
+        ({"data": {"sources": {"a": {"path": " ", "weight": 1}}}}, "A source's path is empty: give a file"),
         ({"optimizer": {"lr": 0}}, "optimizer.lr must be positive and finite, not 0.0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr must be positive and finite, not nan"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr must be positive and finite, not inf"),
@@ -121,6 +128,10 @@ def test_unknown_keys_and_wrong_types_are_named(values, sentence):
         (
             {"training": {"on_spike": "skip"}, "engine": {"states": "partitioned"}},
             "training.on_spike = skip needs the whole state on every worker",
+        ),
+        (
+            {"data": {"sources": {"a": {"path": "x", "weight": float("nan")}}}},
+            "a.weight must be a positive number, not",
         ),
         ({"name": "a/b"}, "plain name"),
         ({"name": ".."}, "plain name"),
