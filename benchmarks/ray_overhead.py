@@ -20,6 +20,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cluster.runs.recipe import Recipe
 from doge.common.config_tree import from_dict, read_yaml, to_yaml
@@ -38,7 +39,7 @@ class Task:
 
     recipe: str | None
     steps: int
-    precision: str
+    precision: Literal["bf16", "fp32"]
 
     def build(self, storage: str, name: str) -> Recipe:
         run = DOGE_20M if self.recipe is None else read_yaml(Recipe, find_recipe(self.recipe))
