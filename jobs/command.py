@@ -26,7 +26,7 @@ class Command:
     """Options that every command has.
 
     Args:
-        recipe: Name of a recipe in jobs/recipes, or path of a YAML file.
+        recipe: Name of a recipe in jobs/recipes, such as tiny or fast/tiny, or path of a YAML file.
         dry_run: Print the plan and start nothing.
         settings: Any key of the recipe.
     """
@@ -39,11 +39,19 @@ class Command:
 T = TypeVar("T", bound=Command)
 
 
+def recipe_names() -> list[str]:
+    """The names of all recipes: those of jobs/recipes, then those of its folders, without what they have in common."""
+    paths = [path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.yaml")]
+    return [
+        path.as_posix() for path in sorted(paths, key=lambda path: (len(path.parts), path)) if path.parts[0] != "data"
+    ]
+
+
 def find_recipe(name: str) -> Path:
     """Find the file of a recipe. Raises UserError that names the nearest recipe."""
     if name.endswith((".yaml", ".yml")):
         return Path(plain_path(name))
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    names = recipe_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise UserError(f"There is no recipe {name}; the nearest is {nearest}, and there are {', '.join(names)}.")
@@ -57,7 +65,8 @@ def main(command: type[T], run: Callable[[T], None], description: str | None) ->
     status = 0
     try:
         default = command(settings=read_yaml(Recipe, find_recipe(_recipe_name(arguments))))
-        run(parse(command, default, arguments, description or ""))
+        described = f"{description or ''}\nRecipes: {', '.join(recipe_names())}."
+        run(parse(command, default, arguments, described))
     except UserError as error:
         _tell(f"error: {error}")
         status = 1

@@ -234,7 +234,13 @@ class Pretraining:
         except FileNotFoundError:
             return None
         where = directory.path("recipe.yaml")
-        return from_dict(Recipe, parse_yaml(text, where), where)
+        try:
+            return from_dict(Recipe, parse_yaml(text, where), where)
+        except UserError as error:
+            raise UserError(
+                f"The run {self.recipe.name} was started by another version of this project, or its recipe was edited "
+                f"({str(error).removesuffix('.')}): resume it with that version, or choose another --name."
+            ) from error
 
     def _check_start(self) -> None:
         """Raise UserError early if this recipe cannot resume its run or begin from the checkpoint."""

@@ -22,7 +22,9 @@ def pretraining_settings(recipe: Recipe, plan: Plan, start_from: Storage | None 
     evaluation = Evaluation(PackedSequencesConfig(plan.fingerprint, held_out=True), held_out, training.eval_steps)
     phase = Phase(
         name="pretraining",
-        objective=NextTokenPrediction(recipe.model, training.seed, training.gradient_checkpointing),
+        objective=NextTokenPrediction(
+            recipe.model, training.seed, training.gradient_checkpointing, z_loss=training.z_loss
+        ),
         feed=PackedSequencesConfig(plan.fingerprint),
         steps=training.max_steps,
         units_per_step=training.global_batch_size,

@@ -3,10 +3,12 @@
 import os
 import unicodedata
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from cluster.accounts.ledger import LedgerRecipe
 from cluster.machines.scaling import ScalingRecipe
+from data_pipelines.order.mixture import mixture_units
 from data_pipelines.sources.source_recipe import DataRecipe
 from doge.common.config_tree import flatten, from_dict, to_dict
 from doge.common.errors import UserError
@@ -54,6 +56,9 @@ class TrainingRecipe:
     spike_factor: float = 2.0
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more computation."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of each label's logits, which keeps them small (PaLM: 1e-4). The training loss
+    includes it, the held-out loss does not. 0: none."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,6 +67,8 @@ class TrainingRecipe:
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"training.{name} must be at least 1, not {value}.")
+        if not 0 <= self.z_loss < inf:
+            raise UserError(f"training.z_loss must be finite and not negative, not {self.z_loss:g}.")
         if not self.spike_factor > 1:
             raise UserError(f"training.spike_factor must be above 1, not {self.spike_factor:g}: it bounds the loss.")
         if self.save_seconds is not None and not self.save_seconds > 0:
@@ -105,6 +112,7 @@ class Recipe:
                 f"tokenizer.vocab_size ({self.tokenizer.vocab_size}) does not fit the model's vocab_size "
                 f"({config.vocab_size}): lower it, or set --model.vocab-size."
             )
+        mixture_units({name: source.weight for name, source in self.data.sources.items()})
         self.engine.check()
         for key, does in (("on_nonfinite", self.training.on_nonfinite), ("on_spike", self.training.on_spike)):
             if does == "skip" and self.engine.states == "partitioned":
@@ -146,7 +154,7 @@ class Recipe:
 
     def plan(self) -> list[tuple[str, str]]:
         """The run's plan as ``(label, text)`` lines for a reader."""
-        config, training, schedule = self.model.build(), self.training, self.lr_scheduler
+        config, training = self.model.build(), self.training
         total, active = num_parameters(config), num_parameters(config, active=True)
         parameters = f"{total / 1e6:,.1f}M parameters"
         if active != total:
@@ -160,7 +168,7 @@ class Recipe:
             ("data", ", ".join(f"{name} {source.weight:g}" for name, source in self.data.sources.items())),
             ("steps", f"{training.max_steps:,} × {batch} = {tokens / 1e6:,.1f}M tokens"),
             ("optimizer", self.optimizer.describe()),
-            ("schedule", f"{schedule.warmup_steps:,} steps of warm-up, {schedule.decay_steps:,} of decay to zero"),
+            ("schedule", self.lr_scheduler.describe()),
             ("engine", f"DeepSpeed, {self.engine.describe_states()}, precision {self.engine.precision}"),
             ("memory", f"{states:,.2f} GiB of model and optimizer states on one worker, besides activations"),
             ("run", f"{self.storage}/runs/{self.name}"),

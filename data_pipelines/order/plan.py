@@ -6,6 +6,7 @@ The driver makes it once and keeps it in the storage. Readers open it by its fin
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -122,14 +123,27 @@ def make_plan(
 
 
 def load_plan(storage: Storage, fingerprint: str) -> Plan:
-    """Open the plan that was committed under its fingerprint. Raises UserError when there is none."""
+    """Open the plan that was committed under its fingerprint.
+
+    Raises:
+        UserError: there is none, or another version of this project made it, whose shards are not those of this one.
+    """
     try:
         content = storage.read_bytes(f"plans/{fingerprint}.json")
     except FileNotFoundError:
         raise UserError(
             f"{storage.root} holds no data plan {fingerprint}: set --storage to the root it was prepared under."
         ) from None
-    return from_dict(Plan, json.loads(content))
+    plan: Plan | None = None
+    with suppress(UserError):  # a key that recipes have no more, or a value that they do not take
+        plan = from_dict(Plan, json.loads(content))
+    if plan is None or plan.fingerprint != fingerprint:
+        raise UserError(
+            f"The data plan {fingerprint} in {storage.root} is of another version of this project, which orders or "
+            "packs the data otherwise: resume the run with that version, or choose another --name, and --from one of "
+            "its checkpoints to train on with the data of this version."
+        )
+    return plan
 
 
 def _in_order(source: str, files: list[InputFile], seed: int) -> list[InputFile]:

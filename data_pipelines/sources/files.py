@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +11,7 @@ from data_pipelines.sources import embedded
 from data_pipelines.sources.places import Found, find, uri
 from data_pipelines.sources.source_recipe import SourceRecipe
 from doge.common.errors import UserError
+from doge.common.paths import plain_path
 from doge.common.words import listed
 
 if TYPE_CHECKING:
@@ -52,13 +54,16 @@ def list_files(name: str, source: SourceRecipe) -> list[InputFile]:
         return [InputFile(*file) for file in embedded.list_files(source.path, source.max_bytes)]
     advice = f"point --data.sources.{name}.path at local files, for example '/data/{name}/*.parquet'"
     try:
-        place = "::".join(_pin_revision(link) for link in source.path.split("::"))
+        path = source.path if os.path.lexists(source.path) else plain_path(source.path)
+        place = "::".join(_pin_revision(link) for link in path.split("::"))
         found = find(place)
         files = [
             InputFile(uri(place, found.filesystem, path), info["size"] or 0, _identity(found.filesystem, path, info))
             for path, info in found.files.items()
             if layout(path)
         ]
+    except UserError:
+        raise
     except Exception as error:  # each filesystem raises its own kinds
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"The source {name} ({source.path}) cannot be reached ({reason}): {advice}.") from error

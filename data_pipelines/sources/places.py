@@ -32,8 +32,10 @@ def open_place(place: str) -> tuple["AbstractFileSystem", str]:
     """Open the filesystem of a path or URI and return it with the path in it."""
     import fsspec
 
-    if place.startswith(("/", "~", "./", "../", "file://")) or os.path.lexists(place):
-        local = fsspec.filesystem("file")  # even where the path has "::" in it, which links the URIs of a chain
+    local = fsspec.filesystem("file")
+    if os.path.lexists(place):  # even with a "::" in it, which links the URIs of a chain
+        return local, os.path.abspath(place)
+    if place.startswith(("/", "~", "./", "../", "file://")):
         return local, local._strip_protocol(place)
     return fsspec.core.url_to_fs(place)
 
@@ -84,6 +86,8 @@ def _remote(filesystem: "AbstractFileSystem", base: str, pattern: str) -> Found:
         found = filesystem.glob("/".join([glob.escape(base), pattern]) if base else pattern, detail=True)
     else:
         found = filesystem.find(base, detail=True)
+        if not found:
+            filesystem.info(base)  # which says what is wrong where `find` is silent: a web server that does not answer
     files = {path: info for path, info in sorted(found.items()) if info["type"] == "file"}
     hidden = []
     if not _asks_for_hidden(pattern):
@@ -99,21 +103,27 @@ def _local(filesystem: "AbstractFileSystem", base: str, pattern: str) -> Found:
     if os.path.isfile(base):
         return Found(filesystem, {base: filesystem.info(base)}, {})
     depth = pattern.count("/") if pattern and "**" not in pattern else None
-    files, hidden, lost = _walk(base.rstrip("/") + "/", depth, _asks_for_hidden(pattern))
+    files, hidden, lost, special = _walk(base.rstrip("/") + "/", depth, _asks_for_hidden(pattern))
     if pattern:
         matches = re.compile(glob_translate(pattern)).match
-        files, lost = ({path for path in paths if matches(os.path.relpath(path, base))} for paths in (files, lost))
+        files, lost, special = (
+            {path for path in paths if matches(os.path.relpath(path, base))} for paths in (files, lost, special)
+        )
         hidden = set()
-    left_out = {"hidden": sorted(hidden), "linked to nowhere": sorted(lost)}
+    left_out = {
+        "hidden": sorted(hidden),
+        "linked to nowhere": sorted(lost),
+        "neither file nor directory": sorted(special),
+    }
     return Found(filesystem, {path: filesystem.info(path) for path in sorted(files)}, left_out)
 
 
-def _walk(top: str, depth: int | None, enter_hidden: bool) -> tuple[set[str], set[str], set[str]]:
-    """The files, hidden entries and lost links below a directory.
+def _walk(top: str, depth: int | None, enter_hidden: bool) -> tuple[set[str], set[str], set[str], set[str]]:
+    """The files, hidden entries, lost links, and pipes, sockets and devices below a directory.
 
     Links are followed, but each directory is entered once: by the way to it that follows no link, if there is one.
     """
-    files, hidden, lost = set[str](), set[str](), set[str]()
+    files, hidden, lost, special = set[str](), set[str](), set[str](), set[str]()
     entered, folders, links = set[str](), [(top, 0)], list[tuple[str, int]]()
     while folders or links:
         folder, level = folders.pop() if folders else links.pop()
@@ -128,7 +138,7 @@ def _walk(top: str, depth: int | None, enter_hidden: bool) -> tuple[set[str], se
                 elif entry.is_file():
                     files.add(entry.path)
                 elif not entry.is_dir():
-                    lost.add(entry.path)
+                    (special if os.path.exists(entry.path) else lost).add(entry.path)
                 elif depth is None or level < depth:
                     (links if entry.is_symlink() else folders).append((entry.path, level + 1))
-    return files, hidden, lost
+    return files, hidden, lost, special

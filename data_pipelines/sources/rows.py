@@ -154,7 +154,7 @@ def _parse(raw: RawRow) -> dict[str, Any] | OddRow:
     if not isinstance(raw, bytes):
         return raw
     try:
-        row = json.loads(raw)
+        row = json.loads(raw.decode("utf-8-sig"))  # of bytes Python would guess the encoding, line by line
     except RecursionError:
         return OddRow("is nested too deep")
     except UnicodeDecodeError as error:

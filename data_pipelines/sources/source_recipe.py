@@ -42,6 +42,8 @@ class SourceRecipe:
     options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise UserError("A source's path is empty: give a file, a directory, a glob or a URI.")
         further = option_names(self.format) - _keys()
         for name in self.options:
             if name not in further:

@@ -62,15 +62,13 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
     Raises UserError if it is not valid, holds something else, or has a key twice.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)  # refuses control characters
         node = loader.get_single_node()
         _refuse_doubled_keys(node, (), where, set())
         values: Any = loader.construct_document(node) if node is not None else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
-    finally:
-        loader.dispose()
     if not isinstance(values or {}, dict):
         raise UserError(f"{where} must hold keys and values, not {values!r}.")
     return values or {}
@@ -114,6 +112,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "the configurat
     Raises UserError, naming the key, if a key is unknown or a value has the wrong type.
     """
     _refuse_unknown_keys(cls, values, (), where)
+    _refuse_truth_values(cls, values, (), where)
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
@@ -202,6 +201,19 @@ def _refuse_unknown_keys(cls: Any, values: Any, path: tuple[str, ...], where: st
             known = [".".join((*path, name)) for name in types]
             raise UserError(f"In {where}, there is no key {full}{_nearest(full, known)}.")
         _refuse_unknown_keys(types[key], value, (*path, key), where)
+
+
+def _refuse_truth_values(hint: Any, value: Any, path: tuple[str, ...], where: str) -> None:
+    """Raise UserError where a number belongs and ``true`` or ``false`` stands, which Python takes for 1 and 0."""
+    if isinstance(value, dict):
+        types = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        inner = typing.get_args(hint)[-1:] or (Any,)
+        for key, below in value.items():
+            _refuse_truth_values(types.get(key, inner[0]), below, (*path, str(key)), where)
+    elif isinstance(value, bool):
+        accepted = typing.get_args(hint) or (hint,)
+        if bool not in accepted and not {int, float}.isdisjoint(accepted):
+            raise UserError(f"In {where}, {'.'.join(path)} must be a number, not {str(value).lower()}.")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

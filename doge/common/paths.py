@@ -7,6 +7,7 @@ from urllib.parse import unquote
 from doge.common.errors import UserError
 
 _URI = re.compile(r"[a-z][a-z0-9+.:-]*://", re.IGNORECASE)
+_ONE_SLASH = re.compile(r"((?!file:|local:)[a-z][a-z0-9+.-]+):/(?!/)", re.IGNORECASE)
 _FILE = re.compile(r"(?:file|local):", re.IGNORECASE)
 _FILE_WITH_PATH = re.compile(r"(?:file|local):(?://(?:localhost)?|(?!//))([/~].*)", re.IGNORECASE | re.DOTALL)
 
@@ -15,8 +16,11 @@ def plain_path(place: str) -> str:
     """The path that a ``file:`` URI or a path with ``~`` names; any other place is returned as it is.
 
     Raises:
-        UserError: the URI has no absolute path, or ``~`` names a user that there is not.
+        UserError: the URI has no absolute path, or ``~`` names a user that there is not; or a slash of ``s3://`` is
+            missing.
     """
+    if (found := _ONE_SLASH.match(place)) and not os.path.lexists(place):
+        raise UserError(f"{place} has one slash after {found[1]}: where two belong: write {found[1]}://…")
     if _FILE.match(place):
         found = _FILE_WITH_PATH.fullmatch(place)
         if found is None:

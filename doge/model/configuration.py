@@ -88,6 +88,10 @@ class ModelRecipe:
     num_experts_per_tok: int | None = None
     expert_retrieval_size: int | None = None
     initializer_range: float | None = None
+    """Standard deviation of fresh weights, whatever their shape."""
+    initializer_scale: float | None = None
+    """Fresh weights of the linear layers between embedding and output have a standard deviation of initializer_scale /
+    sqrt(fan-in) instead of initializer_range, so that one value suits all widths."""
 
     def build(self) -> DogeConfig:
         """The configuration: `DogeMoeConfig` for an MoE preset, `DogeConfig` for a dense one.
@@ -108,6 +112,9 @@ class ModelRecipe:
             if name == "initializer_range":
                 if not 0 < value < 1:
                     raise UserError(f"initializer_range must be between 0 and 1, not {value!r}.")
+            elif name == "initializer_scale":
+                if not 0 < value < math.inf:
+                    raise UserError(f"initializer_scale must be positive and finite, not {value!r}.")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
             setattr(config, name, value)
@@ -206,7 +213,8 @@ def check_config(config: DogeConfig) -> None:
 
 # Fields that change what a model starts from or how long its sequences may be, but not its function within its window.
 _FREE_IN_CONTINUATION = {
-    "preset", "initializer_range", "max_position_embeddings", "keep_window_size", "num_sink_keys", "num_local_keys",
+    "preset", "initializer_range", "initializer_scale", "max_position_embeddings", "keep_window_size", "num_sink_keys",
+    "num_local_keys",
 }  # fmt: skip
 
 

@@ -27,11 +27,13 @@ class LMHead(nn.Linear):
     Both are computed inside this module's `forward`, so that hooks which gather a sharded weight (ZeRO-3, FSDP) fire.
     """
 
-    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None, z_loss: float = 0.0
+    ) -> torch.Tensor:
         """(..., hidden_size) -> logits (..., vocab_size), or, given targets (...), the summed loss as float32."""
         if targets is None:
             return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets.flatten())
+        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets.flatten(), z_loss=z_loss)
 
 
 def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -44,7 +46,11 @@ def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """The sum over tokens of `cross_entropy(hidden_states @ weight.T, targets)`, a float32 scalar.
 
@@ -53,25 +59,28 @@ def linear_cross_entropy(
         weight: (vocab_size, hidden_size), of the same dtype; under autocast, both are cast to its dtype.
         targets: (tokens,) int64; `IGNORE_INDEX` contributes neither loss nor gradient.
         chunk: Tokens whose logits (chunk, vocab_size) exist at the same time; by default as suits the device.
+        z_loss: Adds so much times the square of each counted token's log-sum-exp of logits, which keeps them small.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk, torch.is_grad_enabled())
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, chunk, z_loss, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, chunk, grad_enabled):
+    def forward(ctx, hidden_states, weight, targets, chunk, z_loss, grad_enabled):
         hidden_needs_grad, weight_needs_grad = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         liger = _liger() if chunk is None and _suits_liger(hidden_states) else None
         if liger is not None:
-            loss, *grads = _by_liger(liger, hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad)
+            loss, *grads = _by_liger(
+                liger, hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad, z_loss
+            )
         else:
             loss, *grads = _by_chunks(
-                hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad, chunk or TOKEN_CHUNK
+                hidden_states, weight, targets, hidden_needs_grad, weight_needs_grad, chunk or TOKEN_CHUNK, z_loss
             )
         ctx.save_for_backward(*grads)
         ctx.weight_dtype = weight.dtype
@@ -84,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = _scaled(hidden_grad, grad_output, hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = _scaled(weight_grad, grad_output, ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +101,9 @@ def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> tor
     return (grad.to(torch.promote_types(grad.dtype, factor.dtype)) * factor).to(dtype)
 
 
-def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, chunk: int):
+def _by_chunks(
+    hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, chunk: int, z_loss: float = 0.0
+):
     """The loss, and the gradients that are needed, that of the weight in float32."""
     hidden_grad = torch.zeros_like(hidden_states) if hidden_needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
@@ -105,8 +116,12 @@ def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_n
         # The log-sum-exp comes from the likeliest token: its probability is at least 1 / vocab_size, its log exact.
         normalizer = logits.amax(-1, keepdim=True).float() - probabilities.amax(-1, keepdim=True).log()
         loss += (normalizer - logits.gather(1, target).float()).sum()
+        if z_loss:
+            loss += z_loss * normalizer.square().sum()
         if hidden_grad is None and weight_grad is None:
             continue
+        if z_loss:  # the derivative of the log-sum-exp is the probability
+            probabilities *= 1 + 2 * z_loss * normalizer
         probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
         logits_grad = probabilities.to(weight.dtype)
         if hidden_grad is not None:
@@ -116,14 +131,14 @@ def _by_chunks(hidden_states, weight, targets, hidden_needs_grad: bool, weight_n
     return loss, hidden_grad, weight_grad
 
 
-def _by_liger(forward, hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool):
+def _by_liger(forward, hidden_states, weight, targets, hidden_needs_grad: bool, weight_needs_grad: bool, z_loss: float):
     """`_by_chunks` with Liger's kernels; the weight's gradient is summed in float32 and has the weight's dtype."""
     # Liger chooses its chunks so that their logits have this many times as many elements as the hidden states.
     times = -(-weight.shape[0] * LIGER_CHUNK // hidden_states.numel())
     loss, _, _, _, hidden_grad, weight_grad, _ = forward(
         hidden_states, weight, targets, ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32,
         compute_gradients=hidden_needs_grad or weight_needs_grad, weight_requires_grad=weight_needs_grad,
-        chunk_mem_const=times,
+        chunk_mem_const=times, lse_square_scale=z_loss,
     )  # fmt: skip
     return loss, hidden_grad if hidden_needs_grad else None, weight_grad
 

@@ -87,7 +87,10 @@ class DogePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # linear, embedding and norm weights
-        if isinstance(module, DogeAttention):
+        scale = getattr(self.config, "initializer_scale", None)
+        if scale is not None and isinstance(module, nn.Linear) and not isinstance(module, LMHead):
+            init.normal_(module.weight, mean=0.0, std=scale * module.in_features**-0.5)
+        elif isinstance(module, DogeAttention):
             init.zeros_(module.A)
         elif isinstance(module, DogeDecoderLayer):
             init.ones_(module.input_residual)
@@ -260,6 +263,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> DogeCausalLMOutputWithPast:
         """Without labels, return the logits; with labels the loss, and the logits only on request.
@@ -276,6 +280,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             num_items_in_batch: If given, the loss is the sum divided by it, as transformers' trainers need.
             shift_labels: (batch, seq), labels that are already shifted, instead of labels.
             return_logits: Whether to return the logits along with the loss; by default the attribute's value.
+            z_loss: Adds so much times the square of each counted token's log-sum-exp of logits to the loss.
             others: See `DogeModel.forward`.
 
         Returns:
@@ -300,7 +305,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             if reduction not in ("mean", "sum"):
                 raise UserError(f"reduction must be 'mean' or 'sum', not {reduction!r}.")
             num_loss_tokens = (targets != IGNORE_INDEX).sum()
-            loss = self.lm_head(hidden_states, targets)
+            loss = self.lm_head(hidden_states, targets, z_loss)
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
             elif reduction == "mean":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,16 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     path = plain_path(path)
+    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith(("/", "./", "../"))):
+        raise UserError(
+            f"The tokenizer {path!r} is no directory: point --tokenizer.path at one that holds tokenizer.json, or "
+            "leave it out to train a tokenizer."
+        )
+    if _is_lfs_pointer(path):
+        raise UserError(
+            f"The tokenizer {path!r} holds a Git LFS pointer instead of tokenizer.json: run git lfs pull where it was "
+            "cloned."
+        )
     try:
         opener: Any = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
         tokenizer: PreTrainedTokenizerFast = opener.from_pretrained(path)
@@ -42,6 +53,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     if getattr(backend.model, "dropout", None) is not None:
         backend.model.dropout = None
     return tokenizer
+
+
+def _is_lfs_pointer(path: str) -> bool:
+    try:
+        return Path(path, "tokenizer.json").read_bytes().startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def _is_plain(path: str) -> bool:

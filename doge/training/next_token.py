@@ -23,12 +23,14 @@ class NextTokenPrediction:
         seed: seed of the initial weights.
         gradient_checkpointing: trade a third more computation for activation memory.
         trainable_parameters: regular expression; parameters whose name it finds nothing in are frozen.
+        z_loss: in training, adds so much times the square of each label's log-sum-exp of logits to the loss.
     """
 
     model: ModelRecipe
     seed: int = 0
     gradient_checkpointing: bool = False
     trainable_parameters: str = ""
+    z_loss: float = 0.0
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -63,7 +65,8 @@ class NextTokenPrediction:
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> LossSum:
         assert isinstance(batch, TensorBatch)
-        return LossSum(model(**batch.tensors, use_cache=False, reduction="sum").loss)
+        z_loss = self.z_loss if model.training else 0.0  # held-out losses are of the model alone
+        return LossSum(model(**batch.tensors, use_cache=False, reduction="sum", z_loss=z_loss).loss)
 
     def rehearsal(self, units: int, length: int) -> TensorBatch:
         tokens = torch.randint(self.model.build().vocab_size, (units, length))

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 import zipfile
 from pathlib import Path
 
@@ -86,11 +87,12 @@ def test_what_is_left_out_is_said_in_one_sentence(tmp_path, caplog):
     for name in ("README.md", "b.csv", "c.csv", "d.csv", ".hidden.jsonl"):
         put(tmp_path / name)
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     with caplog.at_level(logging.WARNING):
         assert listed(tmp_path) == [str(tmp_path / "a.jsonl")]
     assert [record.getMessage() for record in caplog.records] == [
         f"The source a ({tmp_path}) leaves out 4 with another ending (README.md, b.csv, c.csv, …), 1 hidden "
-        "(.hidden.jsonl) and 1 linked to nowhere (gone.jsonl)."
+        "(.hidden.jsonl), 1 linked to nowhere (gone.jsonl) and 1 neither file nor directory (pipe.jsonl)."
     ]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"no file at .*only 4 with another ending .*--data\.sources\.a\.path"):
@@ -112,3 +114,21 @@ def test_every_file_system_is_listed_alike(tmp_path):
     for place in ("zip://in/*.jsonl", "zip://", "zip"):
         uri = f"{place}::file://{tmp_path}/a.zip"
         assert [Path(path.split("::")[0]).name for path in listed(uri)] == ["a.jsonl"]
+
+
+def test_a_source_is_a_place_as_a_storage_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path / "my text" / "a.jsonl")
+    for place in (f"file://{tmp_path}/my%20text", "~/my text/*.jsonl", f"file:{tmp_path}/my%20text/a.jsonl"):
+        assert listed(place) == [f"{tmp_path}/my text/a.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "~me" / "a.jsonl")  # what exists is taken as it is written
+    assert listed("~me") == [f"{tmp_path}/~me/a.jsonl"]
+    for place, sentence in (("~no-such-user/a", "home directory that does not exist"), ("s3:/a/b", "one slash after")):
+        with pytest.raises(UserError, match=sentence):
+            listed(place)
+
+
+def test_a_web_server_that_does_not_answer_is_not_taken_for_an_empty_one():
+    with pytest.raises(UserError, match=r"The source a \(http://127\.0\.0\.1:9/x/\) cannot be reached"):
+        listed("http://127.0.0.1:9/x/")

@@ -75,7 +75,7 @@ def test_a_run_of_any_name_lies_in_an_object_store(name, tmp_path):
 
 
 def test_a_tokenizer_and_a_recipe_are_places_too(tmp_path):
-    with pytest.raises(UserError, match=f"The tokenizer '{tmp_path}/no one' cannot be opened"):
+    with pytest.raises(UserError, match=f"The tokenizer '{tmp_path}/no one' is no directory"):
         load_tokenizer(f"file://{tmp_path}/no%20one")
     assert find_recipe(f"file://{tmp_path}/my%20recipe.yaml") == tmp_path / "my recipe.yaml"
 
@@ -83,6 +83,23 @@ def test_a_tokenizer_and_a_recipe_are_places_too(tmp_path):
 def test_a_web_address_is_no_storage():
     with pytest.raises(UserError, match=r"web address, where nothing can be written: give a directory"):
         Storage("https://example.com/doge")
+
+
+@pytest.mark.parametrize("opened", [Storage, load_tokenizer, plain_path])
+def test_a_uri_with_a_slash_too_few_is_no_directory_here(opened):
+    with pytest.raises(UserError, match=r"s3:/bucket/doge has one slash after s3: where two belong: write s3://"):
+        opened("s3:/bucket/doge")
+
+
+def test_a_directory_whose_name_looks_like_a_uri_is_taken_where_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes:" / "a").mkdir(parents=True)
+    assert plain_path("notes:/a") == "notes:/a"
+
+
+def test_where_nothing_can_be_made_is_one_sentence():
+    with pytest.raises(UserError, match=r"The storage /proc/doge cannot be used .*: choose one"):
+        Storage("/proc/doge").write_bytes("a", b"")
 
 
 def test_a_path_that_no_file_system_takes_is_one_sentence(tmp_path):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from cluster.runs.recipe import Recipe, check_same_run
 from doge.common.config_tree import flatten, from_dict, read_yaml, to_dict
 from doge.common.errors import UserError
 from jobs import pretrain
-from jobs.command import RECIPES, find_recipe, main
+from jobs.command import RECIPES, find_recipe, main, recipe_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +42,35 @@ def test_the_model_recipes_hold_the_published_hyperparameters(name):
 
 
 def test_every_recipe_survives_being_written_and_read():
-    for path in RECIPES.glob("*.yaml"):
-        recipe = read_yaml(Recipe, path)
+    for name in recipe_names():
+        recipe = read_yaml(Recipe, find_recipe(name))
+        recipe.check()
         assert from_dict(Recipe, to_dict(recipe)) == recipe
+
+
+def test_a_recipe_in_a_folder_has_the_folders_name_and_help_lists_it(capsys, monkeypatch):
+    assert "fast/tiny" in recipe_names()
+    assert not [name for name in recipe_names() if "smollm" in name]  # what several recipes share is none itself
+    assert find_recipe("fast/tiny") == RECIPES / "fast" / "tiny.yaml"
+    with pytest.raises(UserError, match=r"no recipe fast/tini; the nearest is fast/tiny"):
+        find_recipe("fast/tini")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--recipe", "fast/tiny", "--help"])
+    with pytest.raises(SystemExit):
+        main(pretrain.Pretrain, pretrain.run, pretrain.__doc__)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "tiny, fast/" in shown
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("fast/")])
+def test_a_fast_recipe_changes_nothing_but_how_it_learns(name):
+    fast, published = (read_yaml(Recipe, find_recipe(wanted)) for wanted in (name, name.removeprefix("fast/")))
+    assert fast.name == f"fast-{published.name}"
+    parts = ("model", "tokenizer", "data", "engine", "scaling", "tracking", "ledger")
+    starts = {"initializer_range": None, "initializer_scale": None}
+    for part in parts:
+        one, other = (getattr(recipe, part) for recipe in (fast, published))
+        assert (replace(one, **starts), part) == (replace(other, **starts), part) if part == "model" else one == other
+    assert fast.training_sequences <= published.training_sequences
 
 
 @pytest.mark.parametrize(
@@ -56,6 +83,13 @@ def test_every_recipe_survives_being_written_and_read():
         ({"training": {"max_steps": 0}}, "training.max_steps must be at least 1, not 0"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage = 4"),
         ({"training": [1]}, "training must hold keys and values"),
+        ({"training": {"max_steps": True}}, "training.max_steps must be a number, not true"),
+        ({"optimizer": {"embedding_lr": False}}, "optimizer.embedding_lr must be a number, not false"),
+        (
+            {"data": {"sources": {"a": {"path": "x", "weight": True}}}},
+            "data.sources.a.weight must be a number, not true",
+        ),
+        ({"data": {"sources": {"a": {"path": " ", "weight": 1}}}}, "A source's path is empty: give a file"),
         ({"optimizer": {"lr": 0}}, "optimizer.lr must be positive and finite, not 0.0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr must be positive and finite, not nan"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr must be positive and finite, not inf"),
@@ -63,6 +97,12 @@ def test_every_recipe_survives_being_written_and_read():
         ({"optimizer": {"eps": 0}}, "optimizer.eps must be positive"),
         ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay must be finite and not negative, not -0.1"),
         ({"optimizer": {"max_grad_norm": 0}}, "optimizer.max_grad_norm must be positive, not 0.0"),
+        ({"optimizer": {"embedding_lr": 0}}, "optimizer.embedding_lr must be positive and finite, not 0.0"),
+        ({"optimizer": {"vector_lr": float("inf")}}, "optimizer.vector_lr must be positive and finite, not inf"),
+        ({"optimizer": {"embedding_weight_decay": -1}}, "optimizer.embedding_weight_decay must be finite and not neg"),
+        ({"optimizer": {"base_width": 0}}, "optimizer.base_width must be at least 1, not 0"),
+        ({"training": {"z_loss": -1e-4}}, "training.z_loss must be finite and not negative, not -0.0001"),
+        ({"lr_scheduler": {"decay_shape": "cosine"}}, "lr_scheduler.decay_shape = 'cosine' is invalid.*1-sqrt"),
         ({"scaling": {"num_cpus_per_worker": -1}}, "scaling.num_cpus_per_worker must be finite and not negative"),
         ({"training": {"save_seconds": 0}}, "training.save_seconds must be above 0, or null for no bound, not 0"),
         ({"training": {"spike_factor": 1.0}}, "training.spike_factor must be above 1, not 1: it bounds the loss"),
@@ -88,6 +128,10 @@ def test_unknown_keys_and_wrong_types_are_named(values, sentence):
         (
             {"training": {"on_spike": "skip"}, "engine": {"states": "partitioned"}},
             "training.on_spike = skip needs the whole state on every worker",
+        ),
+        (
+            {"data": {"sources": {"a": {"path": "x", "weight": float("nan")}}}},
+            "a.weight must be a positive number, not",
         ),
         ({"name": "a/b"}, "plain name"),
         ({"name": ".."}, "plain name"),
@@ -146,6 +190,7 @@ def test_null_takes_a_mapping_of_the_base_out(tmp_path):
     [
         (b"name: \xff\xfe", "is not UTF-8 text"),
         (b"name: [", "is not valid YAML"),
+        (b"name: a\x00b", "is not valid YAML"),
         (b"name: 2026-99-99", "is not valid YAML"),
         (b"- 1", "must hold keys and values"),
         (b"base: 3", "base = 3 must be the name of a YAML file"),

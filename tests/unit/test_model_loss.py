@@ -1,6 +1,7 @@
 """The chunked loss is the cross-entropy, to the last gradient, without the logits ever being whole."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from allocations import Allocations
 from tiny_models import VOCAB_SIZE, tiny_model, tokens
 
 from doge.model import loss as loss_module
+from doge.model.configuration import ModelRecipe
 from doge.model.loss import IGNORE_INDEX, LMHead, linear_cross_entropy
+from doge.training.next_token import NextTokenPrediction
+from doge.training.objective import TensorBatch
 
 
 def random_case(dtype=torch.float32, scale=1.0):
@@ -28,8 +32,10 @@ def test_the_loss_of_a_gpu_is_the_same(monkeypatch):
     monkeypatch.setattr(loss_module, "_by_chunks", None)  # not called
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
         hidden, weight, targets = random_case(dtype)
-        exact = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
-        ours = linear_cross_entropy(hidden, weight, targets)
+        logits = (hidden @ weight.T).float()
+        exact = F.cross_entropy(logits, targets, reduction="sum")
+        exact = exact + 0.01 * logits.logsumexp(-1)[targets != IGNORE_INDEX].square().sum()
+        ours = linear_cross_entropy(hidden, weight, targets, z_loss=0.01)
         assert ours.dtype == torch.float32
         for _ in range(2):  # a second time changes nothing
             found = torch.autograd.grad(ours * 0.3, (hidden, weight), retain_graph=True)
@@ -37,7 +43,7 @@ def test_the_loss_of_a_gpu_is_the_same(monkeypatch):
             for mine, other in zip((ours, *found), (exact, *expected), strict=True):
                 torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
         with torch.no_grad():
-            assert torch.equal(linear_cross_entropy(hidden, weight, targets), ours)
+            assert torch.equal(linear_cross_entropy(hidden, weight, targets, z_loss=0.01), ours)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
@@ -52,6 +58,47 @@ def test_loss_and_gradients_equal_cross_entropy(chunk, scale):
         results.append((loss, *torch.autograd.grad(loss * 0.3, (hidden, weight))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("z_loss", [1e-3, 0.5])
+def test_the_z_loss_and_its_gradients_are_exact(chunk, z_loss):
+    hidden, weight, targets = random_case()
+    logits, counted = hidden @ weight.T, targets != IGNORE_INDEX
+    plain = F.cross_entropy(logits, targets, reduction="sum")
+    theirs = plain + z_loss * logits.logsumexp(dim=-1)[counted].square().sum()
+    ours = linear_cross_entropy(hidden, weight, targets, chunk, z_loss)
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
+    expected = torch.autograd.grad(theirs * 0.3, (hidden, weight))
+    for mine, other in zip(torch.autograd.grad(ours * 0.3, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_z_loss_nothing_changes_in_any_digit():
+    hidden, weight, targets = random_case(torch.bfloat16)
+    results = []
+    for z_loss in ({}, {"z_loss": 0.0}):
+        loss = linear_cross_entropy(hidden, weight, targets, **z_loss)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_z_loss_is_of_training_alone_and_adds_up_over_micro_batches():
+    objective = NextTokenPrediction(
+        ModelRecipe(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1),
+        z_loss=0.1,
+    )
+    model, input_ids = objective.build(), tokens(4, 20) % 64
+    batch = TensorBatch({"input_ids": input_ids, "labels": input_ids, "position_ids": torch.arange(20).expand(4, -1)})
+    evaluated = objective.loss_sum(model.eval(), batch).loss
+    assert torch.equal(evaluated, replace(objective, z_loss=0.0).loss_sum(model, batch).loss)
+    whole = objective.loss_sum(model.train(), batch).loss
+    torch.testing.assert_close(
+        whole, objective.loss_sum(model, batch[:1]).loss + objective.loss_sum(model, batch[1:]).loss
+    )
+    logits = model(input_ids).logits[:, :-1]
+    torch.testing.assert_close(whole, evaluated + 0.1 * logits.logsumexp(-1).square().sum())
+    assert objective.loss_sum(model, objective.empty()).loss == 0
 
 
 def test_bfloat16_differs_by_rounding_only():

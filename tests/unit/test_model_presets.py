@@ -1,5 +1,7 @@
 """The eight sizes are those published, and a recipe that cannot be built says why."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_models import tiny_config
 from transformers import DogeConfig
@@ -70,6 +72,23 @@ def test_a_recipe_changes_only_what_it_names():
     assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (3, 64, 256)
 
 
+def test_fresh_matrices_may_depend_on_their_fan_in():
+    """Their products have one size at all widths; embeddings, vectors and experts start as without it."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
+    for width in (64, 256):
+        recipe = ModelRecipe("Doge-MoE-20M", hidden_size=width, intermediate_size=4 * width, **sizes)
+        model = build_model(replace(recipe, initializer_scale=0.5).build())
+        layer = model.model.layers[0]
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            assert linear.weight.std().item() == pytest.approx(0.5 * linear.in_features**-0.5, rel=0.05)
+        for table in (model.model.embed_tokens, layer.mlp.up_embed):
+            assert table.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not layer.self_attn.A.any()
+        plain = build_model(recipe.build()).model.layers[0]
+        assert plain.mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
@@ -80,6 +99,7 @@ def test_a_recipe_changes_only_what_it_names():
         (ModelRecipe("Doge-20M", num_experts=64), "MoE preset"),
         (ModelRecipe("Doge-20M", keep_window_size=5, num_sink_keys=2, num_local_keys=3), "keep_window_size 5"),
         (ModelRecipe("Doge-20M", num_hidden_layers=0), "num_hidden_layers"),
+        (ModelRecipe("Doge-20M", initializer_scale=0.0), "initializer_scale must be positive and finite, not 0.0"),
         (ModelRecipe("Doge-MoE-20M", num_experts=509), "509"),
         (ModelRecipe("Doge-MoE-20M", num_experts=4, num_experts_per_tok=5), "num_experts_per_tok 5"),
         (ModelRecipe("Doge-MoE-20M", expert_retrieval_size=7), "expert_retrieval_size 7"),

@@ -1,5 +1,7 @@
 """Muon and AdamW as one optimizer: torch's own updates, whether the matrices are apart or laid end to end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from doge.training.state.train_state import TrainState
 
 MODEL = ModelRecipe(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 RECIPE = OptimizerRecipe(lr=3e-3, hidden_matrices="muon", muon_lr=2e-2, max_grad_norm=1e9)
+KINDS = replace(RECIPE, embedding_lr=2e-2, vector_lr=1e-3, embedding_weight_decay=0.0, base_width=16)
 CPU = torch.device("cpu")
 
 
@@ -91,14 +94,15 @@ def test_matrices_that_lie_end_to_end_are_updated_alike():
     assert torch.equal(flat[-5:], torch.zeros(5))
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, KINDS], ids=["two rates", "a rate for each kind"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_goes_on_from_its_state_as_if_never_interrupted(precision, group):
+def test_a_run_goes_on_from_its_state_as_if_never_interrupted(precision, recipe, group):
     def steps(engine, numbers):
         return [engine.step(batch(step), [2, 2], 1.0).loss for step in numbers]
 
     def engine(state=None):
         objective = NextTokenPrediction(MODEL, seed=1)
-        return Engine(objective, RECIPE, EngineRecipe(1, precision), CPU, state, Communicator(0, 1))
+        return Engine(objective, recipe, EngineRecipe(1, precision), CPU, state, Communicator(0, 1))
 
     whole, part = engine(), engine()
     expected = steps(whole, range(6))

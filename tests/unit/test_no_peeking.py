@@ -18,8 +18,9 @@ POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
 
 
 def assert_same(actual, expected, dtype=torch.float32):
-    """Equal up to the rounding of `dtype` at another shape of matmul."""
-    torch.testing.assert_close(actual, expected, atol=2e-5 if dtype == torch.float32 else 6e-2, rtol=0)
+    """Equal up to the rounding of `dtype` at other shapes of products; in bfloat16 few logits differ by that much."""
+    torch.testing.assert_close(actual, expected, atol=2e-5 if dtype == torch.float32 else 0.125, rtol=0)
+    assert (actual - expected).float().abs().mean() < 0.003
 
 
 def changed(input_ids, row, position):

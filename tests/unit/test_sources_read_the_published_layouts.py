@@ -230,3 +230,15 @@ def test_a_hub_path_is_pinned_to_todays_commit(monkeypatch):
 def test_impossible_recipes_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
         DataRecipe(**values)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_another_encoding_than_utf8_is_told_of_the_first_row(tmp_path, encoding, name):
+    rows = [json.dumps({"text": f"Übermorgen {number}"}, ensure_ascii=False) for number in range(3)]
+    content = f"[{','.join(rows)}]" if name == "a.json" else "\n".join(rows)
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    source = SourceRecipe(str(tmp_path), 1)
+    (file,) = list_files("a", source)
+    with pytest.raises(Unreadable, match=r"Row 1 of \S+ is not (UTF-8|JSON) "):
+        texts(source, file)

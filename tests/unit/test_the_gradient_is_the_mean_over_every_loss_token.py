@@ -24,7 +24,10 @@ from doge.training.state.train_state import TrainState
 pytestmark = pytest.mark.slow
 
 MIDDLE, STEPS, BATCH, LENGTH, VOCABULARY = 2, 6, 8, 16, 64
-OPTIMIZER = OptimizerRecipe(lr=5e-3, max_grad_norm=0.5)
+OPTIMIZER = OptimizerRecipe(
+    lr=5e-3, embedding_lr=8e-3, vector_lr=4e-3, base_width=24, embedding_weight_decay=0.0, max_grad_norm=0.5
+)
+Z_LOSS = 1e-3
 MODEL = ModelRecipe(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=LENGTH, keep_window_size=LENGTH,
@@ -50,7 +53,7 @@ class AwayFromStart(NextTokenPrediction):
         return model()
 
 
-OBJECTIVE = AwayFromStart(MODEL)
+OBJECTIVE = AwayFromStart(MODEL, z_loss=Z_LOSS)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
@@ -81,7 +84,7 @@ def plain_run() -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(step)
-        loss = network(**global_batch(step), use_cache=False).loss
+        loss = network(**global_batch(step), use_cache=False, z_loss=Z_LOSS).loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.max_grad_norm)

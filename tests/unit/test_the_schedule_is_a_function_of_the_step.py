@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,6 +15,18 @@ def test_warmup_stable_and_decay():
     assert factors[10:80] == [1.0] * 70
     assert factors[80:] == pytest.approx([(100 - step) / 21 for step in range(80, 100)])
     assert [schedule.is_stable(step, 100) for step in (9, 10, 79, 80)] == [False, True, True, False]
+
+
+def test_a_decay_by_the_square_root_falls_fast_at_first_and_ends_at_zero():
+    schedule = SchedulerRecipe(warmup_steps=10, decay_steps=24, decay_shape="1-sqrt")
+    linear = SchedulerRecipe(warmup_steps=10, decay_steps=24)
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[:76] == [linear.factor(step, 100) for step in range(76)]
+    assert factors[76:] == pytest.approx([1 - (over / 25) ** 0.5 for over in range(1, 25)])
+    assert schedule.factor(100, 100) == linear.factor(100, 100) == 0
+    assert all(later < earlier for earlier, later in pairwise(factors[75:]))
+    assert schedule.describe() == "10 steps of warm-up, 24 of decay to zero (1-sqrt)"
+    assert linear.describe() == "10 steps of warm-up, 24 of decay to zero"
 
 
 def test_the_stable_phase_can_be_left_at_any_step():

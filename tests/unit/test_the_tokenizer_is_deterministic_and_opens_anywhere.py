@@ -109,6 +109,20 @@ def test_an_unreachable_tokenizer_says_how_to_point_at_a_local_one(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("place", ["nowhere", "tokenizer.json", "file"])
+def test_a_place_that_is_no_directory_is_not_looked_for_on_the_hub(tmp_path, place):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    path = f"file://{tmp_path}/tokenizer.json" if place == "file" else str(tmp_path / place)
+    with pytest.raises(UserError, match=r"is no directory: point --tokenizer\.path at one that holds tokenizer\.json"):
+        load_tokenizer(path)
+
+
+def test_a_clone_without_its_large_files_says_so(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"a Git LFS pointer instead of tokenizer\.json: run git lfs pull"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_vocabulary_below_the_bytes_is_refused():
     with pytest.raises(UserError, match="vocab_size is 200"):
         TokenizerRecipe(vocab_size=200)

@@ -181,7 +181,7 @@ class Storage:
             return
         try:
             with self._in_sentences():
-                os.makedirs(parent, exist_ok=True)
+                _make_directory(self.root, parent)
                 fill(temporary)
                 commit(temporary, target, before_commit)
         finally:
@@ -289,6 +289,15 @@ class Storage:
             check_marker(self.root, self._marker)
         with in_sentences(place or self.root, self.root, remote=not self.is_local):
             yield
+
+
+def _make_directory(root: str, path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileNotFoundError as error:  # file systems such as /proc say that what they do not let be made is not there
+        raise StorageError(
+            f"The storage {root} cannot be used ({error}): choose one that you may read and write."
+        ) from error
 
 
 def _reopen(root: str, arguments: tuple[Any, ...], below: str) -> Storage:
