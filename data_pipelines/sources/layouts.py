@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipelines.sources.files import layout
 from doge.common.errors import UserError
+from doge.common.git_lfs import POINTER, GitLfsPointer
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -52,6 +53,7 @@ def raw_rows(
 
     Raises:
         Unreachable: the filesystem failed.
+        GitLfsPointer: a clone's pointer stands in place of the file.
         Exception: the file is damaged; each library raises its own kinds.
     """
     ending, compression = layout(path) or ("", "")
@@ -59,6 +61,8 @@ def raw_rows(
         stream: Any = filesystem.open(path, "rb")
     with stream:
         file = _Reached(stream)
+        if start == 0 and stream.seekable():
+            _refuse_pointer(file)
         if ending == ".parquet":
             yield from ((row, 0) for row in _parquet_rows(file, columns, start))
             return
@@ -88,6 +92,12 @@ def reaching() -> Iterator[None]:
         raise
     except Exception as error:  # each filesystem raises its own kinds
         raise Unreachable from error
+
+
+def _refuse_pointer(file: "_Reached") -> None:
+    if file.read(len(POINTER)) == POINTER:
+        raise GitLfsPointer("it stands in place of the file: run `git lfs pull` in its folder")
+    file.seek(0)
 
 
 class _Reached:

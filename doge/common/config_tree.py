@@ -6,6 +6,7 @@ The dataclasses are defined next to the code that they configure.
 import dataclasses
 import difflib
 import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -194,26 +195,39 @@ def _refuse_unknown_keys(cls: Any, values: Any, path: tuple[str, ...], where: st
     if not isinstance(values, dict):
         name = f"In {where}, {'.'.join(path)}" if path else where
         raise UserError(f"{name} must hold keys and values, not {values!r}.")
-    types = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        if key not in types:
+        if key not in hints:
             full = ".".join((*path, str(key)))
-            known = [".".join((*path, name)) for name in types]
+            known = [".".join((*path, name)) for name in hints]
             raise UserError(f"In {where}, there is no key {full}{_nearest(full, known)}.")
-        _refuse_unknown_keys(types[key], value, (*path, key), where)
+        _refuse_unknown_keys(hints[key], value, (*path, key), where)
 
 
 def _refuse_truth_values(hint: Any, value: Any, path: tuple[str, ...], where: str) -> None:
     """Raise UserError where a number belongs and ``true`` or ``false`` stands, which Python takes for 1 and 0."""
-    if isinstance(value, dict):
-        types = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-        inner = typing.get_args(hint)[-1:] or (Any,)
-        for key, below in value.items():
-            _refuse_truth_values(types.get(key, inner[0]), below, (*path, str(key)), where)
-    elif isinstance(value, bool):
-        accepted = typing.get_args(hint) or (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    accepted = typing.get_args(hint) if union else (hint,)
+    if isinstance(value, bool):
         if bool not in accepted and not {int, float}.isdisjoint(accepted):
             raise UserError(f"In {where}, {'.'.join(path)} must be a number, not {str(value).lower()}.")
+        return
+    for accept in accepted:
+        if isinstance(value, dict):
+            hints = typing.get_type_hints(accept) if dataclasses.is_dataclass(accept) else {}
+            inside = [(hints.get(key, _last(accept)), key, below) for key, below in value.items()]
+        elif isinstance(value, (list, tuple)):
+            inside = [(_last(accept), at, below) for at, below in enumerate(value)]
+        else:
+            return
+        for below_hint, key, below in inside:
+            _refuse_truth_values(below_hint, below, (*path, str(key)), where)
+
+
+def _last(hint: Any) -> Any:
+    """The type of a container's values: of ``dict[str, float]`` and ``tuple[float, float]``, float."""
+    arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
+    return arguments[-1] if arguments else Any
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -12,13 +12,13 @@ from transformers import AutoConfig, DogeConfig
 from transformers import DogeForCausalLM as TransformersDogeForCausalLM
 
 from doge.common.errors import UserError
+from doge.common.git_lfs import refuse_pointer
 from doge.common.words import listed
 from doge.conversion.transformers_moe import convert_transformers_moe
 from doge.model.configuration import has_experts
 from doge.model.modeling import DogeForCausalLM, DogeMoeForCausalLM
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto") -> DogeForCausalLM:
@@ -86,7 +86,7 @@ def _check_weight_files(folder: Path) -> None:
     if missing:
         raise UserError(f"The checkpoint at {folder} is not whole: it lacks {listed(missing)}.")
     for name in sorted(names):
-        _check_no_pointer(folder / name)
+        refuse_pointer(folder / name)
         try:
             with safe_open(folder / name, "pt"):
                 pass
@@ -96,7 +96,7 @@ def _check_weight_files(folder: Path) -> None:
 
 def _shards(index: Path) -> set[str]:
     """The names of the weight files that an index lists."""
-    _check_no_pointer(index)
+    refuse_pointer(index)
     try:
         return set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -106,19 +106,13 @@ def _shards(index: Path) -> set[str]:
 def _check_config_file(file: Path) -> None:
     if not file.is_file():
         return  # which transformers says
-    _check_no_pointer(file)
+    refuse_pointer(file)
     try:
         fields = json.loads(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): copy the file again.") from error
     if not isinstance(fields, dict):
         raise UserError(f"{file} holds no JSON object: it is not the configuration of a model.")
-
-
-def _check_no_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{file} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder.")
 
 
 def _check_complete(path: str | Path, report: dict[str, set], layers: int) -> None:

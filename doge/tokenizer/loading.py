@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge.common.errors import UserError
+from doge.common.git_lfs import refuse_pointer
 from doge.common.paths import plain_path
 
 if TYPE_CHECKING:
@@ -29,11 +31,8 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
             f"The tokenizer {path!r} is no directory: point --tokenizer.path at one that holds tokenizer.json, or "
             "leave it out to train a tokenizer."
         )
-    if _is_lfs_pointer(path):
-        raise UserError(
-            f"The tokenizer {path!r} holds a Git LFS pointer instead of tokenizer.json: run git lfs pull where it was "
-            "cloned."
-        )
+    with suppress(OSError):  # a tokenizer of the hub, or one without the file
+        refuse_pointer(Path(path, "tokenizer.json"))
     try:
         opener: Any = PreTrainedTokenizerFast if _is_plain(path) else _auto_tokenizer()
         tokenizer: PreTrainedTokenizerFast = opener.from_pretrained(path)
@@ -53,13 +52,6 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     if getattr(backend.model, "dropout", None) is not None:
         backend.model.dropout = None
     return tokenizer
-
-
-def _is_lfs_pointer(path: str) -> bool:
-    try:
-        return Path(path, "tokenizer.json").read_bytes().startswith(b"version https://git-lfs")
-    except OSError:
-        return False
 
 
 def _is_plain(path: str) -> bool:

@@ -89,6 +89,8 @@ def test_a_fast_recipe_changes_nothing_but_how_it_learns(name):
             {"data": {"sources": {"a": {"path": "x", "weight": True}}}},
             "data.sources.a.weight must be a number, not true",
         ),
+        ({"optimizer": {"betas": [0.9, True]}}, r"optimizer.betas.1 must be a number, not true"),
+        ({"scaling": {"resources_per_worker": {"CPU": True}}}, "resources_per_worker.CPU must be a number, not true"),
         ({"data": {"sources": {"a": {"path": " ", "weight": 1}}}}, "A source's path is empty: give a file"),
         ({"optimizer": {"lr": 0}}, "optimizer.lr must be positive and finite, not 0.0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr must be positive and finite, not nan"),

@@ -242,3 +242,13 @@ def test_another_encoding_than_utf8_is_told_of_the_first_row(tmp_path, encoding,
     (file,) = list_files("a", source)
     with pytest.raises(Unreadable, match=r"Row 1 of \S+ is not (UTF-8|JSON) "):
         texts(source, file)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.txt"])
+def test_a_clone_without_its_large_files_says_what_to_run(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 123456\n"
+    (tmp_path / name).write_text(pointer)
+    source = SourceRecipe(str(tmp_path), 1)
+    (file,) = list_files("a", source)
+    with pytest.raises(Unreadable, match=rf"{name} cannot be read \(GitLfsPointer: it stands .* `git lfs pull`"):
+        texts(source, file)

@@ -119,7 +119,9 @@ def test_a_place_that_is_no_directory_is_not_looked_for_on_the_hub(tmp_path, pla
 
 def test_a_clone_without_its_large_files_says_so(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(UserError, match=r"a Git LFS pointer instead of tokenizer\.json: run git lfs pull"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json is a Git LFS pointer in place of the file: run `git lfs pull`"
+    ):
         load_tokenizer(str(tmp_path))
 
 
