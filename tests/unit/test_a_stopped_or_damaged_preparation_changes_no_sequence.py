@@ -23,10 +23,9 @@ from whole_plans import make_everything
 from cluster.machines.head_storage import share
 from data_pipelines.order.catalog import Catalog
 from data_pipelines.order.packed_sequences import PackedSequences, PackedSequencesConfig
-from data_pipelines.order.plan import load_plan, make_plan
+from data_pipelines.order.plan import make_plan
 from data_pipelines.sources.rows import Unreadable
 from data_pipelines.sources.source_recipe import DataRecipe, SourceRecipe
-from data_pipelines.tokenizing import shards
 from data_pipelines.tokenizing.shards import Damaged, open_shard, read_record, record_name, shard_name
 from doge.common.errors import UserError
 from doge.common.storage import Storage
@@ -388,14 +387,6 @@ def test_an_edited_input_is_another_order_and_never_mixed_in(complete, recipe, c
     assert sum(changed) == 1
 
 
-def test_a_plan_reads_back_and_an_unknown_one_is_refused(recipe, tmp_path):
-    storage = Storage(str(tmp_path))
-    plan = make_plan(recipe, TOKENIZER, storage)
-    assert load_plan(storage, plan.fingerprint) == plan
-    with pytest.raises(UserError, match="holds no data plan abc"):
-        load_plan(storage, "abc")
-
-
 def test_shards_are_read_through_the_cache_of_a_remote_root(complete, tmp_path):
     import fsspec
 
@@ -410,21 +401,3 @@ def test_shards_are_read_through_the_cache_of_a_remote_root(complete, tmp_path):
         same(again.read(0, SEQUENCES), complete[2])
     finally:
         remote.rm("/doge-test", recursive=True)
-
-
-@pytest.mark.parametrize("change", ["shards", "a key"])
-def test_a_plan_of_another_version_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch, change):
-    (tmp_path / "a.txt").write_text("Some text of a run that began long ago. " * 50)
-    storage = Storage(str(tmp_path / "home"))
-    recipe = DataRecipe({"a": SourceRecipe(str(tmp_path / "a.txt"), 1)}, held_out_sequences=0)
-    plan = make_plan(recipe, TokenizerRecipe(vocab_size=300, training_bytes=1000), storage)
-    if change == "shards":
-        monkeypatch.setattr(shards, "FORMAT_VERSION", shards.FORMAT_VERSION + 1)
-    else:
-        name = f"plans/{plan.fingerprint}.json"
-        values = json.loads(storage.read_bytes(name))
-        values["recipe"]["shuffle_window"] = 7
-        storage.write_bytes(name, json.dumps(values).encode())
-    for opens in (load_plan, PackedSequences):
-        with pytest.raises(UserError, match=r"is of another version of this project.*another --name, and --from"):
-            opens(storage, plan.fingerprint)
