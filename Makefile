@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-check: lint  ## in about a minute: format, lint, types, the directions of imports, the fast unit tests
+check: lint  ## in about two minutes: format, lint, types, the directions of imports, the fast unit tests
 	$(VENV)/bin/python -m mypy
 	$(UNIT) -m "not slow" $(ARGS)
 

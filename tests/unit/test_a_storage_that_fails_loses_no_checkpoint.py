@@ -114,6 +114,7 @@ def test_a_storage_that_hangs_holds_no_step_up(tmp_path, monkeypatch):
     assert checkpoints.steps() == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_tried_again(tmp_path):
     """A real file system of a few pages, in a mount namespace of its own."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

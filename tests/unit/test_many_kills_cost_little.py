@@ -8,6 +8,7 @@ from simulated_training import TrainingSimulation
 HOUR, KILLS = 3600.0, 69
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "seed"), [("ab", 0), ("ab", 1), ("abcdefgh", 2)])
 def test_goodput_at_69_kills_an_hour(nodes, seed):
     """Steps of the hour, over those of an hour in which nothing happens; a process takes 12 s to start."""

@@ -48,6 +48,7 @@ def both_sides(storage, plan, tokenizer) -> tuple[list[str], list[str]]:
     return texts(training, epoch, tokenizer), texts(kept, kept.length, tokenizer)
 
 
+@pytest.mark.slow
 def test_no_module_of_the_python_installation_is_on_both_sides(tmp_path):
     sources = {
         "prose": SourceRecipe(SCHEME + "prose", 0.5, max_bytes=60_000),

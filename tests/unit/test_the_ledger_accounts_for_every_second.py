@@ -179,6 +179,7 @@ def many_changes(memberships: int, kinds: int) -> Ledger:
     return ledger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [1, 12])
 def test_its_memory_does_not_grow_with_the_memberships_and_hosts_that_ever_were(kinds, monkeypatch):
     monkeypatch.setattr("cluster.accounts.goodput._MOST_SUMS", 60)

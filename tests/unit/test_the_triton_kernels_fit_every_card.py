@@ -46,6 +46,7 @@ def fits(*asked, most_spilled=SPILLED) -> None:
     assert (row := compiled(*asked))["spilled_bytes"] <= most_spilled, row
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("kernel", ["attend", "differentiate_key"])
 def test_the_kernels_of_a_training_step_fit_a_hopper(kernel):
